@@ -1,0 +1,1 @@
+"""How a condition speaks to the transformer, one kind a file."""

@@ -1,0 +1,1 @@
+"""Folders of pictures with paired maps, joint transforms, ordered sampling, the built-in scenes."""

@@ -1,0 +1,1 @@
+"""Adversarial parts: discriminators and their losses."""
