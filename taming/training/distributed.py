@@ -1,0 +1,37 @@
+"""Devices, precision and agreement between processes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def native_bf16() -> bool:
+    """Whether this machine multiplies bf16 natively, so that it is faster than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto" | "bf16" | "fp32" -> "bf16" | "fp32" for this machine."""
+    if precision == "auto":
+        return "bf16" if native_bf16() else "fp32"
+    return precision
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """An Accelerator for "auto" | "bf16" | "fp32"; the number of processes comes from its launcher."""
+    return Accelerator(mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve_precision(precision)])
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set on any process; every process must call it."""
+    if accelerator.num_processes == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=accelerator.device)
+    total = accelerator.reduce(value, "sum")
+    assert isinstance(total, Tensor)
+    return bool(total.item() > 0)

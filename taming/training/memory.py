@@ -1,0 +1,53 @@
+"""An estimate of a training step's memory, made without running it.
+
+The step's forward runs on the meta device, where tensors have shapes but no storage, and every tensor
+that autograd keeps for the backward pass is counted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_bytes(forward: Callable[[], Any], parameters: set[int] | None = None) -> int:
+    """Bytes that autograd keeps between `forward` and its backward; storages of `parameters` excluded."""
+    seen: dict[int, tuple[Tensor, int]] = {}
+    excluded = parameters or set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in excluded:
+            # The tensor is kept so that its storage's address cannot be used again.
+            seen[storage._cdata] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    del kept
+    return sum(size for _, size in seen.values())
+
+
+def parameter_storages(module: nn.Module) -> set[int]:
+    """Identities of the storages of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def state_bytes(module: nn.Module, *, optimizer: bool = True, ema: bool = False) -> int:
+    """Bytes of fp32 weights, their gradients, Adam's two moments and the averaged copy."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
+    return 4 * (total * (2 if ema else 1) + (3 * trainable if optimizer else 0))
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
