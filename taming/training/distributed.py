@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -11,12 +14,14 @@ def native_bf16() -> bool:
     """Whether this machine multiplies bf16 natively, so that it is faster than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    # Older releases cannot tell; fp32 is then the choice that is never wrong.
+    probe: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = probe()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def resolve_precision(precision: str) -> str:
-    """ "auto" | "bf16" | "fp32" -> "bf16" | "fp32" for this machine."""
+    """Replace "auto" by "bf16" or "fp32", whichever is right for this machine."""
     if precision == "auto":
         return "bf16" if native_bf16() else "fp32"
     return precision

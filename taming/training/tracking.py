@@ -1,0 +1,143 @@
+"""Where a run's figures go: JSON lines, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from taming.data.picture import save_png, to_uint8
+
+
+class Tracker:
+    """Writes RUN/log.jsonl, RUN/tensorboard and RUN/previews, and shows progress.
+
+    On a terminal a live line shows step, pictures a second, the time left and the figures of the last
+    log; elsewhere each log is one plain line. Only the main process has one that is not silent.
+    """
+
+    def __init__(
+        self, run: Path, total_steps: int, *, enabled: bool = True, console: Console | None = None
+    ) -> None:
+        self.run, self.total_steps, self.enabled = run, total_steps, enabled
+        self.console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+        self._writer: Any = None
+        self._last_time = self._start_time = time.perf_counter()
+        self._last_pictures = 0
+        self._first_step = 0
+
+    def __enter__(self) -> Tracker:
+        if not self.enabled:
+            return self
+        from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
+
+        (self.run / "previews").mkdir(parents=True, exist_ok=True)
+        self._writer = SummaryWriter(str(self.run / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._log = (self.run / "log.jsonl").open("a", encoding="utf-8")
+        if self.console.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("train", total=self.total_steps, figures="")
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self.enabled:
+            self._writer.close()
+            self._log.close()
+
+    def start(self, step: int, pictures: int) -> None:
+        """Training goes on from here."""
+        self._first_step, self._last_pictures = step, pictures
+        self._last_time = self._start_time = time.perf_counter()
+        if self._progress is not None:
+            self._progress.reset(self._task, completed=step, total=self.total_steps)
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, pictures: int, figures: dict[str, float], *, kind: str = "train") -> None:
+        """Figures after `step` steps and `pictures` pictures."""
+        if not self.enabled:
+            return
+        now = time.perf_counter()
+        if kind == "train":
+            seconds = max(now - self._last_time, 1e-9)
+            figures = {"pictures_per_second": (pictures - self._last_pictures) / seconds, **figures}
+            self._last_time, self._last_pictures = now, pictures
+        record = {"step": step, "pictures": pictures, "kind": kind, **figures}
+        self._log.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+        self._log.flush()
+        for name, value in figures.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+        if self._progress is not None and kind == "train":
+            self._progress.update(self._task, completed=step, figures=shown)
+        else:
+            left = ""
+            if kind == "train" and step > self._first_step:
+                rate = (now - self._start_time) / (step - self._first_step)
+                left = f" eta {_clock(rate * (self.total_steps - step))}"
+            self.note(f"{kind} {step}/{self.total_steps}{left}  {shown}")
+
+    def picture(self, step: int, image: Tensor) -> None:
+        """Keep a preview sheet (C, H, W) in [-1, 1]."""
+        if self.enabled:
+            save_png(image, self.run / "previews" / f"step-{step:08d}.png")
+            self._writer.add_image("preview", to_uint8(image), step)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside (an evaluation, a save) out of the rate and the time left."""
+        before = time.perf_counter()
+        yield
+        spent = time.perf_counter() - before
+        self._last_time += spent
+        self._start_time += spent
+
+    def note(self, text: str) -> None:
+        """One line for the user."""
+        if self.enabled:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | str) else float(f"{value:.6g}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
