@@ -1,0 +1,144 @@
+"""Causal self-attention with a preallocated key/value cache.
+
+Axes: B sequences, T positions of this call, L positions so far, P prefix positions, H heads, C channels of
+a head, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from taming.layers.position import Rotation, rotate
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where each input position lies, for prefix and cells together: P + h * w of them."""
+
+    embedding: Tensor | None
+    """(P + h * w, D) learned positions, or None."""
+    rotation: Rotation | None
+    """(cos, sin), each (P + h * w, C / 2), or None."""
+
+    def rotation_of(self, start: int, stop: int) -> Rotation | None:
+        return None if self.rotation is None else (self.rotation[0][start:stop], self.rotation[1][start:stop])
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one batch of sequences, written in place, one (B, H, L_max, C) pair a layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: Positions
+    prefix_length: int
+    cells: Tensor | None
+    """(B, h * w, D) aligned condition, or None."""
+    prefix_mask: Tensor | None
+    """(B, P) bool where some prefix position must not be attended, else None."""
+    length: int = 0
+    """Input positions whose keys and values are there."""
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes the cache has taken in."""
+        return self.length - self.prefix_length
+
+
+@dataclass(frozen=True)
+class Attend:
+    """How the T positions of one call attend; the same for every layer."""
+
+    start: int = 0
+    rotation: Rotation | None = None
+    mask: Tensor | None = None
+    """bool, broadcast to (B, H, T, start + T), True = attend; None: causal from `start`."""
+    causal: bool = True
+    """Only read where there is no mask: False means that all positions are attended."""
+    cache: KVCache | None = None
+    last: Tensor | None = None
+    """(B,) int64: the one position a sequence that the last block answers; None: the last one."""
+
+
+def attention_mask(
+    prefix_mask: Tensor | None, num_unmasked: int, start: int, length: int, device: torch.device
+) -> Tensor | None:
+    """The mask of positions start..start+length-1 over all before, or None where plain causality is meant.
+
+    A masked prefix position is attended by none but itself: a row of the softmax must not be empty, and
+    what it makes of itself is read by nobody. Returns (B or 1, 1, length, start + length) bool.
+    """
+    needs_unmasked = num_unmasked > 1 and start < num_unmasked
+    if prefix_mask is None and not needs_unmasked and (start == 0 or length == 1):
+        return None
+    query = torch.arange(start, start + length, device=device)[:, None]
+    key = torch.arange(start + length, device=device)[None, :]
+    allowed = key <= query
+    if needs_unmasked:
+        allowed = allowed | ((query < num_unmasked) & (key < num_unmasked))
+    if prefix_mask is None:
+        return allowed[None, None]
+    visible = prefix_mask.new_ones(prefix_mask.shape[0], start + length)
+    prefix_length = min(prefix_mask.shape[1], start + length)
+    visible[:, :prefix_length] = prefix_mask[:, :prefix_length]
+    return ((allowed[None] & visible[:, None]) | (key == query)[None])[:, None]
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention with one fused projection of queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, *, bias: bool, qk_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias)
+        self.query_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+
+    def forward(self, x: Tensor, attend: Attend, layer: int, *, only_last: bool = False) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) where only the last position's answer is wanted."""
+        query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if attend.rotation is not None:
+            query, key = rotate(query, attend.rotation), rotate(key, attend.rotation)
+        if attend.cache is not None:
+            stop = attend.start + x.shape[1]
+            keys, values = attend.cache.keys[layer], attend.cache.values[layer]
+            keys[:, :, attend.start : stop] = key
+            values[:, :, attend.start : stop] = value
+            key, value = keys[:, :, :stop], values[:, :, :stop]
+        mask, causal = attend.mask, attend.causal
+        if only_last:
+            query, mask, causal = _last_query(query, mask, attend.last, key.shape[2])
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal and mask is None and query.shape[2] > 1,
+        )
+        projected: Tensor = self.proj(rearrange(out, "b h t c -> b t (h c)"))
+        return projected
+
+
+def _last_query(
+    query: Tensor, mask: Tensor | None, last: Tensor | None, length: int
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The one query a sequence that is answered, and the mask of what it sees."""
+    if last is None:
+        return query[:, :, -1:], None if mask is None else mask[:, :, -1:], False
+    rows = torch.arange(query.shape[0], device=query.device)
+    seen = (torch.arange(length, device=query.device)[None, :] <= last[:, None])[
+        :, None, None
+    ]  # (B, 1, 1, L)
+    if mask is not None:
+        seen = seen & mask.expand(query.shape[0], -1, -1, -1)[rows, :, last][:, :, None]
+    return query[rows, :, last][:, :, None], seen, False

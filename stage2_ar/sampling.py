@@ -1,0 +1,201 @@
+"""Drawing codes from a transformer.
+
+Every picture and every cell has its own random number, made up front, and a code is the inverse of the
+cumulative distribution in the vocabulary's order: what is drawn depends neither on the batch nor on the
+schedule.
+
+Axes: B pictures, N cells, V codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stage2_ar.transformer import Grid, Transformer
+from taming.errors import UserError
+from taming.types import Prefix
+
+Progress = Callable[[int, int], None]
+"""Called with (cells done, cells in all) as sampling goes on."""
+
+Known = tuple[Tensor, Tensor]
+"""Codes (B, h, w) int64 and a mask (B, h, w) bool: where it is True the code is given and stays."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a code is drawn from logits: temperature first, then top-k, then top-p."""
+
+    temperature: float = 1.0
+    """> 0; logits are divided by it."""
+    top_k: int | None = None
+    """Keep the k most probable codes, and those that tie with the last of them."""
+    top_p: float | None = None
+    """Keep the smallest set of most probable codes that holds this mass; in (0, 1]."""
+    greedy: bool = False
+    """Take the most probable code; nothing is drawn."""
+    guidance_scale: float = 1.0
+    """s in unconditional + s (conditional - unconditional) (Ho and Salimans 2022); 1 is no guidance."""
+
+    def validate(self, vocabulary_size: int) -> None:
+        """Raises UserError for a value outside of its range."""
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(
+                f"temperature {self.temperature} is not a finite number above 0; for the most probable "
+                "code each time ask for greedy"
+            )
+        if self.top_k is not None and not 1 <= self.top_k <= vocabulary_size:
+            raise UserError(
+                f"top_k {self.top_k} is not between 1 and the vocabulary's {vocabulary_size}; leave it out "
+                "to keep all codes"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is not in (0, 1]; leave it out to keep all codes")
+        if not abs(self.guidance_scale) < float("inf"):
+            raise UserError(f"guidance_scale {self.guidance_scale} is not a finite number; 1 is no guidance")
+
+
+def picture_uniforms(seed: int, first_picture: int, count: int, cells: int) -> Tensor:
+    """Random numbers of pictures first_picture, ...: (count, cells) float64 in [0, 1), on the CPU."""
+    rows = []
+    for picture in range(first_picture, first_picture + count):
+        digest = hashlib.sha256(f"{seed}/{picture}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.rand(cells, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def filtered_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Logits (..., V) -> probabilities (..., V) fp32 after temperature, top-k and top-p."""
+    logits = logits.float() / settings.temperature
+    if settings.top_k is not None and settings.top_k < logits.shape[-1]:
+        threshold = logits.topk(settings.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if settings.top_p is not None and settings.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        mass_before = ordered.cumsum(dim=-1) - ordered
+        kept = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, order, mass_before < settings.top_p)
+        probabilities = probabilities * kept
+    return probabilities
+
+
+def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
+    """One code a row: logits (B, V), uniforms (B,) float64 in [0, 1) -> (B,) int64.
+
+    The code is the first whose cumulative probability passes the uniform.
+    """
+    if settings.greedy:
+        return logits.argmax(dim=-1)
+    cumulative = filtered_probabilities(logits, settings).cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    # Just below the total at most, so that rounding never reaches past the last code that was kept.
+    target = torch.minimum(uniforms.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+
+
+def guided(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Logits (2 B, V), conditional half first, -> guided logits (B, V)."""
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + settings.guidance_scale * (conditional - unconditional)
+
+
+def needs_guidance(settings: SamplingSettings, null_prefix: object | None) -> bool:
+    """Whether both halves are run. Raises UserError where there is no null prefix to guide away from."""
+    if settings.guidance_scale == 1:
+        return False
+    if null_prefix is None:
+        raise UserError(
+            f"guidance_scale {settings.guidance_scale} needs a condition that was trained with dropout; "
+            "leave it at 1 for this model"
+        )
+    return True
+
+
+def stack_prefixes(first: Prefix, second: Prefix) -> Prefix:
+    """Two prefixes of equal shapes as one batch, for guidance in one doubled run."""
+    cells = None
+    if first.cells is not None and second.cells is not None:
+        cells = torch.cat((first.cells, second.cells))
+    else:
+        assert first.cells is None, "a condition and its null must agree about cells"
+        assert second.cells is None, "a condition and its null must agree about cells"
+    return replace(
+        first,
+        embeddings=torch.cat((first.embeddings, second.embeddings)),
+        mask=torch.cat((first.mask, second.mask)),
+        cells=cells,
+    )
+
+
+@torch.inference_mode()
+def sample_codes(
+    transformer: Transformer,
+    prefix: Prefix,
+    null_prefix: Prefix | None,
+    grid: Grid,
+    uniforms: Tensor,
+    settings: SamplingSettings,
+    *,
+    known: Known | None = None,
+    progress: Progress | None = None,
+    cached: bool = True,
+) -> Tensor:
+    """Draw grids of codes: (B, h, w) int64 for a prefix of B rows.
+
+    uniforms (B, h * w) float64 from `picture_uniforms`. `null_prefix` is only used with guidance.
+    `cached=False` runs the whole sequence again for each cell: a check, not a way to work.
+    Raises UserError for settings out of range and for a grid larger than the transformer's.
+    """
+    settings.validate(transformer.vocabulary_size)
+    guide = needs_guidance(settings, null_prefix)
+    if guide and null_prefix is not None:
+        prefix = stack_prefixes(prefix, null_prefix)
+    device = prefix.embeddings.device
+    height, width = grid
+    batch, cells = uniforms.shape[0], height * width
+    uniforms = uniforms.to(device)
+    codes = torch.zeros(batch, cells, dtype=torch.int64, device=device)
+    known_codes, is_known = _flat_known(known, device)
+    first = _leading_known(is_known)
+    codes[:, :first] = 0 if known_codes is None else known_codes[:, :first]
+
+    def taken(stop: int, start: int = 0) -> Tensor:
+        part = codes[:, start:stop]
+        return torch.cat((part, part)) if guide else part
+
+    cache = None
+    for cell in range(first, cells):
+        if not cached:
+            logits = transformer(taken(cell + 1), prefix, grid)[:, -1]
+        elif cache is None:
+            logits, cache = transformer.prefill(prefix, taken(cell), grid)
+        else:
+            logits = transformer.step(taken(cell, cell - 1), cache)
+        drawn = draw(guided(logits, settings) if guide else logits, uniforms[:, cell], settings)
+        if known_codes is not None and is_known is not None:
+            drawn = torch.where(is_known[:, cell], known_codes[:, cell], drawn)
+        codes[:, cell] = drawn
+        if progress is not None:
+            progress(cell + 1, cells)
+    return codes.view(batch, height, width)
+
+
+def _flat_known(known: Known | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    if known is None:
+        return None, None
+    codes, mask = known
+    return codes.flatten(1).to(device), mask.flatten(1).to(device)
+
+
+def _leading_known(is_known: Tensor | None) -> int:
+    """How many cells from the first on are given in all pictures: they are taken in at once."""
+    if is_known is None:
+        return 0
+    missing = (~is_known).any(dim=0).nonzero()
+    return int(missing[0]) if len(missing) else is_known.shape[1]

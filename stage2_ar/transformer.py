@@ -1,0 +1,348 @@
+"""A decoder-only transformer over codes: prefix and codes in, logits of each next code out.
+
+The input sequence is [prefix | codes without the last]; input position P - 1 + n predicts cell n. Codes are
+in raster order of their grid.
+
+Axes: B sequences, P prefix positions, N codes, T input positions of a call, D width, V codes of the picture.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stage2_ar.attention import Attend, CausalAttention, KVCache, Positions, attention_mask
+from stage2_ar.transformer_config import GPTConfig, LlamaConfig
+from taming.errors import ConfigError, UserError
+from taming.layers.position import grid_cells, rotary_2d
+from taming.types import Prefix
+
+Grid = tuple[int, int]
+
+
+def build_transformer(
+    config: GPTConfig | LlamaConfig, *, vocabulary_size: int, grid: Grid, prefix_length: int
+) -> Transformer:
+    """A transformer for pictures of `vocabulary_size` codes on grids up to `grid` (h, w).
+
+    `prefix_length` is the prefix's length at that grid. Raises ConfigError where the config's table or
+    block is too small for them.
+    """
+    return Transformer(config, vocabulary_size=vocabulary_size, grid=grid, prefix_length=prefix_length)
+
+
+def next_code_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of codes (B, N) under logits (B, N, V), in fp32: ()."""
+    return functional.cross_entropy(rearrange(logits.float(), "b n v -> (b n) v"), codes.flatten())
+
+
+def code_log_likelihood(logits: Tensor, codes: Tensor) -> Tensor:
+    """Log-likelihood in nats of each sequence of codes (B, N) under logits (B, N, V), in fp32: (B,)."""
+    log_probabilities = functional.log_softmax(logits.float(), dim=-1)
+    return log_probabilities.gather(-1, codes[..., None]).squeeze(-1).sum(dim=-1)
+
+
+class Transformer(nn.Module):
+    """Predicts the next code of a grid; see `forward` for training, `prefill` and `step` for sampling."""
+
+    def __init__(
+        self, config: GPTConfig | LlamaConfig, *, vocabulary_size: int, grid: Grid, prefix_length: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.grid = grid
+        self.prefix_length = prefix_length
+        table_size = vocabulary_size
+        self.position_embedding: nn.Parameter | None = None
+        match config:
+            case GPTConfig():
+                table_size = config.table_size or vocabulary_size
+                if table_size < vocabulary_size:
+                    raise ConfigError(
+                        f"table_size {table_size} is smaller than the vocabulary of {vocabulary_size} codes"
+                    )
+                # The last code is never an input, but its place is kept: it makes grids and blocks agree.
+                needed = prefix_length + grid[0] * grid[1]
+                block_size = needed if config.block_size is None else config.block_size
+                if block_size < needed - 1:
+                    raise ConfigError(
+                        f"block_size {block_size} is smaller than the sequence: a prefix of {prefix_length} "
+                        f"and {grid[0]}x{grid[1]} cells without the last need {needed - 1}"
+                    )
+                self.position_embedding = nn.Parameter(torch.zeros(1, block_size, config.width))
+                self.norm: nn.Module = nn.LayerNorm(config.width)
+            case LlamaConfig():
+                self.norm = nn.RMSNorm(config.width, eps=1e-6)
+            case _:
+                assert_never(config)
+        self.token_embedding = nn.Embedding(table_size, config.width)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = nn.Linear(config.width, table_size, bias=False)
+        self._initialise()
+
+    def forward(self, codes: Tensor, prefix: Prefix, grid: Grid | None = None) -> Tensor:
+        """Teacher forcing: codes (B, N) int64 in raster order -> logits (B, N, V) of each of them.
+
+        N may be smaller than the grid; `grid` is the model's own unless another, not larger one, is given.
+        Raises UserError for a grid larger than the model's.
+        """
+        positions = self.positions(prefix, grid or self.grid)
+        prefix_length, num_codes = prefix.embeddings.shape[1], codes.shape[1]
+        length = prefix_length + num_codes - 1
+        cells = (
+            None if prefix.cells is None else rearrange(prefix.cells, "b h w d -> b (h w) d")[:, :num_codes]
+        )
+        x = self._inputs(prefix.embeddings, codes[:, :-1], cells, positions, 0)
+        mask = attention_mask(_mask_or_none(prefix), self._num_unmasked(prefix_length), 0, length, x.device)
+        x = self._run(
+            x, Attend(rotation=positions.rotation_of(0, length), mask=mask), keep_from=prefix_length - 1
+        )
+        return self._logits(x)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        prefix: Prefix,
+        codes: Tensor,
+        grid: Grid | None = None,
+        *,
+        last: Tensor | None = None,
+        keep: bool = True,
+    ) -> tuple[Tensor, KVCache | None]:
+        """Take in a prefix and codes (B, n), n >= 0: logits (B, V) of the next code, and the cache.
+
+        `last` (B,) int64 says how many of the codes each sequence really has, where they are padded on the
+        right to one length: the logits are of the code after those. `keep=False` makes no cache, for
+        windows that move on at once. The last block answers one position only.
+        """
+        cache = self.new_cache(prefix, grid or self.grid) if keep else None
+        positions = cache.positions if cache is not None else self.positions(prefix, grid or self.grid)
+        batch, prefix_length = prefix.embeddings.shape[:2]
+        cells = _flat_cells(prefix)
+        x = self._inputs(prefix.embeddings, codes.expand(batch, -1), cells, positions, 0)
+        length = x.shape[1]
+        mask = attention_mask(_mask_or_none(prefix), self._num_unmasked(prefix_length), 0, length, x.device)
+        attend = Attend(
+            rotation=positions.rotation_of(0, length),
+            mask=mask,
+            cache=cache,
+            last=None if last is None else last + prefix_length - 1,
+        )
+        x = self._run(x, attend, only_last=True)
+        if cache is not None:
+            cache.length = length
+        return self._logits(x)[:, 0], cache
+
+    @torch.no_grad()
+    def step(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """Take in the next codes (B, m), m >= 1: logits (B, V) of the code after them."""
+        start, length = cache.length, codes.shape[1]
+        embeddings = self.token_embedding(codes)
+        cells = None if cache.cells is None else cache.cells[:, cache.num_codes + 1 :][:, :length]
+        x = self._place(embeddings, cells, cache.positions, start)
+        mask = attention_mask(
+            cache.prefix_mask, self._num_unmasked(cache.prefix_length), start, length, x.device
+        )
+        rotation = cache.positions.rotation_of(start, start + length)
+        x = self._run(x, Attend(start=start, rotation=rotation, mask=mask, cache=cache), only_last=True)
+        cache.length = start + length
+        return self._logits(x)[:, 0]
+
+    def new_cache(self, prefix: Prefix, grid: Grid) -> KVCache:
+        """An empty cache for a prefix (B, P, D) and a grid of codes after it."""
+        batch, prefix_length = prefix.embeddings.shape[:2]
+        shape = (batch, self.config.heads, prefix_length + grid[0] * grid[1], self.config.head_dim)
+        table = self.token_embedding.weight
+        return KVCache(
+            keys=[table.new_empty(shape) for _ in self.blocks],
+            values=[table.new_empty(shape) for _ in self.blocks],
+            positions=self.positions(prefix, grid),
+            prefix_length=prefix_length,
+            cells=_flat_cells(prefix),
+            prefix_mask=_mask_or_none(prefix),
+        )
+
+    def positions(self, prefix: Prefix, grid: Grid) -> Positions:
+        """Learned positions or rotations of the prefix and of each cell of `grid`.
+
+        On a grid smaller than the model's a cell keeps the position that its row and column have there.
+        """
+        if grid[0] > self.grid[0] or grid[1] > self.grid[1]:
+            raise UserError(
+                f"a grid of {grid[0]}x{grid[1]} cells is larger than the {self.grid[0]}x{self.grid[1]} that "
+                "the transformer was built for; sample it with a sliding window"
+            )
+        device, prefix_length = prefix.embeddings.device, prefix.embeddings.shape[1]
+        cells = grid_cells(*grid, device=device)
+        if isinstance(self.config, LlamaConfig):
+            before = cells.new_zeros(prefix_length, 2)
+            if prefix.grid is not None:
+                before = grid_cells(*prefix.grid, device=device)
+            rotation = rotary_2d(torch.cat((before, cells)), self.config.head_dim, self.config.rotary_base)
+            dtype = self.token_embedding.weight.dtype
+            return Positions(None, (rotation[0].to(dtype), rotation[1].to(dtype)))
+        assert self.position_embedding is not None
+        index = torch.arange(prefix_length, device=device)
+        if prefix.grid is not None:
+            index = _raster_index(grid_cells(*prefix.grid, device=device), self.grid[1])
+        index = torch.cat((index, self.prefix_length + _raster_index(cells, self.grid[1])))
+        # The very last place of an imported block may be missing: that code is never an input.
+        return Positions(
+            self.position_embedding[0, index.clamp(max=self.position_embedding.shape[1] - 1)], None
+        )
+
+    def _inputs(
+        self, prefix: Tensor, codes: Tensor, cells: Tensor | None, positions: Positions, start: int
+    ) -> Tensor:
+        """[prefix | codes] with everything that is added to them: (B, P + n, D).
+
+        cells (B, >= n + 1, D) belong to the last prefix position and to the codes.
+        """
+        embeddings = torch.cat(
+            (prefix.to(self.token_embedding.weight.dtype), self.token_embedding(codes)), dim=1
+        )
+        if cells is not None:
+            cells = functional.pad(cells[:, : codes.shape[1] + 1], (0, 0, prefix.shape[1] - 1, 0))
+        return self._place(embeddings, cells, positions, start)
+
+    def _place(self, x: Tensor, cells: Tensor | None, positions: Positions, start: int) -> Tensor:
+        if positions.embedding is not None:
+            x = x + positions.embedding[start : start + x.shape[1]]
+        if cells is not None:
+            x = x + cells.to(x.dtype)
+        dropped: Tensor = self.embedding_dropout(x)
+        return dropped
+
+    def _run(self, x: Tensor, attend: Attend, *, keep_from: int = 0, only_last: bool = False) -> Tensor:
+        final = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            is_final = layer == final
+            x = block(
+                x, attend, layer, keep_from=keep_from if is_final else 0, only_last=only_last and is_final
+            )
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(x))
+        return logits[..., : self.vocabulary_size]
+
+    def _num_unmasked(self, prefix_length: int) -> int:
+        return min(self.config.num_unmasked, prefix_length) if isinstance(self.config, GPTConfig) else 0
+
+    def _initialise(self) -> None:
+        """N(0, 0.02) for matrices and embeddings, zero biases, as published.
+
+        For `llama` the projections back into the residual stream are scaled by 1 / sqrt(2 layers)
+        (Radford et al. 2019).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding, std=0.02)
+        if isinstance(self.config, LlamaConfig):
+            for name, parameter in self.named_parameters():
+                if name.endswith(("proj.weight", "down.weight")):
+                    nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5)
+            if self.config.zero_init_head:
+                nn.init.zeros_(self.head.weight)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig | LlamaConfig) -> None:
+        super().__init__()
+        gpt = isinstance(config, GPTConfig)
+        self.norm1: nn.Module = nn.LayerNorm(config.width) if gpt else nn.RMSNorm(config.width, eps=1e-6)
+        self.norm2: nn.Module = nn.LayerNorm(config.width) if gpt else nn.RMSNorm(config.width, eps=1e-6)
+        self.attention = CausalAttention(
+            config.width,
+            config.heads,
+            bias=gpt,
+            qk_norm=isinstance(config, LlamaConfig) and config.qk_norm,
+            dropout=config.attention_dropout,
+        )
+        if isinstance(config, GPTConfig):
+            self.mlp: nn.Module = GELUMLP(config.width, 4 * config.width)
+        else:
+            self.mlp = SwiGLUMLP(config.width, config.hidden_width)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, x: Tensor, attend: Attend, layer: int, *, keep_from: int = 0, only_last: bool = False
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T - keep_from, D), or (B, 1, D) where only the last position is answered."""
+        attended = self.attention(self.norm1(x), attend, layer, only_last=only_last)
+        if only_last and attend.last is not None:
+            x = x[torch.arange(x.shape[0], device=x.device), attend.last][:, None]
+        elif only_last:
+            x = x[:, -1:]
+        elif keep_from:
+            # Nothing reads the earlier positions of the last block again.
+            x, attended = x[:, keep_from:], attended[:, keep_from:]
+        x = x + self.dropout(attended)
+        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return out
+
+
+class GELUMLP(nn.Module):
+    """down(gelu(up(x))) with the exact GELU."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden_width)
+        self.down = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(functional.gelu(self.up(x)))
+        return out
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), gate and up in one projection."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
+        self.down = nn.Linear(hidden_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(functional.silu(gate) * up)
+        return out
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two parameter groups: weights of linear and convolution layers decay; all others (embeddings,
+    positions, norms, biases) do not, as published."""
+    decayed = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def _flat_cells(prefix: Prefix) -> Tensor | None:
+    return None if prefix.cells is None else rearrange(prefix.cells, "b h w d -> b (h w) d")
+
+
+def _mask_or_none(prefix: Prefix) -> Tensor | None:
+    return None if bool(prefix.mask.all()) else prefix.mask
+
+
+def _raster_index(cells: Tensor, width: int) -> Tensor:
+    return cells[:, 0] * width + cells[:, 1]
