@@ -1,0 +1,141 @@
+"""Checkpoints are whole or absent, and restore every state exactly."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from taming.errors import ArtifactError
+from taming.training import checkpoint
+from taming.training.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    return model, torch.optim.Adam(model.parameters(), lr=0.1)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    # The input comes from the global generator, so that its state is part of what must be restored.
+    model(torch.randn(5, 3) * np.random.rand()).square().sum().backward()  # noqa: NPY002
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(
+    accelerator: Accelerator, root: Path, number: int, model: nn.Module, optimizer: object, keep: int = 2
+) -> Path:
+    return save_checkpoint(
+        accelerator, root, number, {"model": model}, {"adam": optimizer}, {"pictures": 8 * number}, keep=keep
+    )
+
+
+def test_going_on_from_a_checkpoint_equals_never_stopping(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    step(model, optimizer)
+    folder = save(accelerator, tmp_path, 1, model, optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+    other, other_optimizer = make()
+    progress = load_checkpoint(accelerator, folder, {"model": other}, {"adam": other_optimizer})
+    assert progress == {"step": 1, "pictures": 8}
+    for _ in range(3):
+        step(other, other_optimizer)
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_only_the_newest_are_kept(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    for number in range(4):
+        save(accelerator, tmp_path, number, model, optimizer, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_kill_in_the_midst_of_a_save_leaves_the_one_before(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make()
+    first = save(accelerator, tmp_path, 1, model, optimizer)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(accelerator, tmp_path, 2, model, optimizer, keep=1)
+    assert latest_checkpoint(tmp_path) == first
+    monkeypatch.undo()
+    assert save(accelerator, tmp_path, 2, model, optimizer, keep=1) == latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_is_found_and_the_one_before_is_used(
+    accelerator: Accelerator, tmp_path: Path, damage: str
+) -> None:
+    model, optimizer = make()
+    first = save(accelerator, tmp_path, 1, model, optimizer)
+    second = save(accelerator, tmp_path, 2, model, optimizer)
+    file = second / "modules.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    match damage:
+        case "truncate":
+            file.write_bytes(content[:-8])
+        case "flip":
+            file.write_bytes(content)
+        case "remove":
+            file.unlink()
+    assert verify_checkpoint(second) is not None
+    assert latest_checkpoint(tmp_path) == first
+    with pytest.raises(ArtifactError, match=r"modules\.safetensors is (damaged|missing)"):
+        load_checkpoint(accelerator, second, {"model": model}, {"adam": optimizer})
+
+
+def test_another_architecture_is_refused_by_name(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    folder = save(accelerator, tmp_path, 1, model, optimizer)
+    wider = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    with pytest.raises(ArtifactError, match=r"model/0\.weight is \(4, 3\) there and \(5, 3\) here"):
+        load_checkpoint(accelerator, folder, {"model": wider}, {})
+    with pytest.raises(ArtifactError, match=r"missing \(2\.weight"):
+        load_checkpoint(accelerator, folder, {"model": nn.Sequential(*model, nn.PReLU())}, {})
+
+
+def test_a_full_disk_is_said_with_its_need_and_keeps_the_last(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make()
+    first = save(accelerator, tmp_path, 1, model, optimizer)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_json", full)
+    with pytest.raises(ArtifactError, match=r"No space left.*MiB"):
+        save(accelerator, tmp_path, 2, model, optimizer)
+    assert latest_checkpoint(tmp_path) == first
+
+
+def test_nothing_is_pickled(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    step(model, optimizer)
+    folder = save(accelerator, tmp_path, 1, model, optimizer)
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+    assert "processes" in json.loads((folder / "manifest.json").read_text())
