@@ -133,7 +133,6 @@ def stack_prefixes(first: Prefix, second: Prefix) -> Prefix:
     )
 
 
-@torch.inference_mode()
 def sample_codes(
     transformer: Transformer,
     prefix: Prefix,
@@ -156,6 +155,23 @@ def sample_codes(
     guide = needs_guidance(settings, null_prefix)
     if guide and null_prefix is not None:
         prefix = stack_prefixes(prefix, null_prefix)
+    with torch.inference_mode():
+        codes = _sample(transformer, prefix, grid, uniforms, settings, guide, known, progress, cached)
+    # Out of inference mode again, so that the codes may take part in training.
+    return codes.clone()
+
+
+def _sample(
+    transformer: Transformer,
+    prefix: Prefix,
+    grid: Grid,
+    uniforms: Tensor,
+    settings: SamplingSettings,
+    guide: bool,
+    known: Known | None,
+    progress: Progress | None,
+    cached: bool,
+) -> Tensor:
     device = prefix.embeddings.device
     height, width = grid
     batch, cells = uniforms.shape[0], height * width

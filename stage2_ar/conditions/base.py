@@ -1,0 +1,162 @@
+"""What every condition gives to the transformer.
+
+A condition owns its embeddings, so that its vocabulary never collides with the picture's. (Published
+models share one table: their conditions say so in the config and are attached to the transformer's.)
+
+Axes: B samples, P prefix positions, h w cells, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from taming.errors import UserError
+from taming.types import Batch, Prefix
+
+Grid = tuple[int, int]
+
+
+class Condition(nn.Module, ABC):
+    """Turns a batch into a `Prefix`; in training mode it is replaced by null at random."""
+
+    keys: Mapping[str, str] = {}
+    """User's name of each condition -> key of the batch ("class" -> "label")."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    @property
+    def has_null(self) -> bool:
+        """Whether `null` was trained, so that guidance means something."""
+        return self.dropout > 0
+
+    @abstractmethod
+    def prefix_length(self, grid: Grid) -> int:
+        """P for a grid (h, w)."""
+
+    @abstractmethod
+    def null(self, batch_size: int, grid: Grid, device: torch.device | str) -> Prefix:
+        """The prefix that says nothing, shaped as that of `forward`."""
+
+    @abstractmethod
+    def check(self, batch: Batch, grid: Grid) -> None:
+        """Raises UserError where the batch's condition is missing or cannot be used."""
+
+    @abstractmethod
+    def embed(self, batch: Batch, grid: Grid) -> Prefix:
+        """The prefix of a checked batch."""
+
+    def forward(self, batch: Batch, grid: Grid) -> Prefix:
+        """The prefix of a batch for a grid (h, w), which may be larger than the transformer's.
+
+        In training mode each sample is replaced by null with the probability `dropout`.
+        Raises UserError where the condition is missing, out of range or of the wrong size.
+        """
+        self.check(batch, grid)
+        prefix = self.embed(batch, grid)
+        if not (self.training and self.dropout > 0):
+            return prefix
+        size, device = prefix.embeddings.shape[0], prefix.embeddings.device
+        dropped = torch.rand(size, device=device) < self.dropout
+        return mix_prefixes(dropped, self.null(size, grid, device), prefix)
+
+    def attach(self, token_embedding: nn.Embedding) -> None:
+        """Give the transformer's table to a condition that shares it; nothing for all others."""
+
+    def read(self, conditions: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:
+        """A user's conditions ({"class": [3, 7]}) as a batch on `device`, not yet checked.
+
+        Raises UserError for a condition that this model does not know, or that it needs and is missing.
+        """
+        for name in conditions:
+            if name not in self.keys:
+                known = ", ".join(repr(key) for key in self.keys) or "none: give {}"
+                raise UserError(f"this model has no condition {name!r}; it takes {known}")
+        for name in self.keys:
+            if name not in conditions:
+                raise UserError(f'condition {name!r} is missing; give it as {{"{name}": ...}}')
+        batch: Batch = {}
+        for name, key in self.keys.items():
+            try:
+                value = torch.as_tensor(conditions[name])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"condition {name!r} is not an array of numbers: {error}") from None
+            batch[key] = self._shape(name, value).to(device)
+        return batch
+
+    def _shape(self, name: str, value: Tensor) -> Tensor:
+        """One user's value with its batch axis and type."""
+        return value
+
+
+def whole_numbers(name: str, value: Tensor) -> Tensor:
+    """`value` as int64. Raises UserError where it does not hold whole numbers."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise UserError(f"condition {name!r} holds {value.dtype}; give whole numbers (int64)")
+    return value.to(torch.int64)
+
+
+def check_range(name: str, value: Tensor, size: int, what: str) -> None:
+    """Raises UserError where values are not in [0, size)."""
+    if value.numel() == 0:
+        raise UserError(f"condition {name!r} is empty")
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"{name} {wrong} is not one of the {size} {what} (0 to {size - 1}) that the model was built for"
+        )
+
+
+def batch_size_of(batch: Batch) -> int:
+    """How many samples a batch has, by any of its entries."""
+    for value in batch.values():
+        return len(value)
+    raise UserError("an empty batch says nothing about its size; use `null` for sampling without a condition")
+
+
+def mix_prefixes(choose_first: Tensor, first: Prefix, second: Prefix) -> Prefix:
+    """Sample by sample one of two prefixes of equal shapes; choose_first (B,) bool."""
+    cells = None
+    if first.cells is not None and second.cells is not None:
+        cells = torch.where(choose_first[:, None, None, None], first.cells, second.cells)
+    return replace(
+        second,
+        embeddings=torch.where(choose_first[:, None, None], first.embeddings, second.embeddings),
+        mask=torch.where(choose_first[:, None], first.mask, second.mask),
+        cells=cells,
+    )
+
+
+def crop_prefix(prefix: Prefix, top: int, left: int, size: Grid) -> Prefix:
+    """The prefix of a window of `size` (h, w) at (top, left), from the prefix of the whole grid.
+
+    What is aligned with cells is cropped; what is said about the picture as a whole stays.
+    """
+    height, width = size
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    if prefix.cells is not None:
+        prefix = replace(prefix, cells=prefix.cells[:, rows, columns])
+    if prefix.grid is not None:
+        embeddings = rearrange(prefix.embeddings, "b (h w) d -> b h w d", h=prefix.grid[0])[:, rows, columns]
+        mask = rearrange(prefix.mask, "b (h w) -> b h w", h=prefix.grid[0])[:, rows, columns]
+        prefix = replace(
+            prefix,
+            embeddings=rearrange(embeddings, "b h w d -> b (h w) d"),
+            mask=rearrange(mask, "b h w -> b (h w)"),
+            grid=(embeddings.shape[1], embeddings.shape[2]),
+        )
+    return prefix
+
+
+def all_attended(embeddings: Tensor) -> Tensor:
+    """A mask (B, P) that hides no position of embeddings (B, P, D)."""
+    return torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
