@@ -1,0 +1,120 @@
+"""What a user can say about a codebook and its training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stage1_vq.quantizers import NearestConfig, QuantizerConfig
+from taming.config import Config
+from taming.data.config import DataConfig
+from taming.gan.losses import AdversarialLoss
+from taming.gan.patchgan import PatchGANConfig
+from taming.training.config import OptimizerConfig, TrainingConfig
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class VQModelConfig(Config):
+    """The published autoencoder (Esser et al. 2021, arXiv:2012.09841); config.json holds it."""
+
+    in_channels: Positive = 3
+    resolution: Positive = 256
+    """The size that `attention_resolutions` refers to; pictures of any other size pass as well."""
+    channels: Positive = 128
+    channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
+    """One a level; each level but the last halves the size."""
+    num_res_blocks: Positive = 2
+    """A level in the encoder; the decoder has one more."""
+    attention_resolutions: tuple[Positive, ...] = (16,)
+    mid_attention: bool = True
+    z_channels: Positive = 256
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    norm_num_groups: Positive = 32
+    recompute: bool = True
+    """Keep about half of the tensors for the backward pass and compute the others again."""
+    quantizer: QuantizerConfig = NearestConfig()
+
+    @property
+    def downsample_factor(self) -> int:
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    @model_validator(mode="after")
+    def _fits(self) -> VQModelConfig:
+        for multiplier in self.channel_multipliers:
+            if (self.channels * multiplier) % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} does not divide channels {self.channels} * "
+                    f"{multiplier}; use channels that are a multiple of it, or fewer groups"
+                )
+        levels = [self.resolution // 2**level for level in range(len(self.channel_multipliers))]
+        stray = [size for size in self.attention_resolutions if size not in levels]
+        if stray:
+            raise ValueError(
+                f"attention_resolutions {stray[0]} is not the size of a level; with resolution "
+                f"{self.resolution} the levels have {', '.join(map(str, levels))}"
+            )
+        return self
+
+
+class LossConfig(Config):
+    """Reconstruction and perceptual terms; the quantizer and the discriminator bring their own."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    pixel_weight: float = Field(default=1.0, ge=0)
+    perceptual_weight: float = Field(default=1.0, ge=0)
+    """Weight of LPIPS with VGG16 (Zhang et al. 2018, arXiv:1801.03924); 0 needs no VGG weights."""
+    vgg_weights: str | None = None
+    """A file of torchvision's VGG16 weights; null: torchvision's cache, or its download."""
+
+
+DiscriminatorConfig = PatchGANConfig
+"""The networks that can judge; with a second one, a union tagged by `kind`."""
+
+
+class AdversarialConfig(Config):
+    """The second player, and when it plays."""
+
+    network: DiscriminatorConfig = PatchGANConfig()
+    loss: AdversarialLoss = "hinge"
+    weight: float = Field(default=0.8, ge=0)
+    weight_mode: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: times the ratio of both losses' gradients at the decoder's last layer."""
+    start_step: int = Field(default=0, ge=0)
+    """From this step on the discriminator learns; before, it costs nothing."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps that it learns before its judgement reaches the decoder."""
+    ramp_steps: int = Field(default=0, ge=0)
+    """Steps over which that judgement then grows to its full weight."""
+    learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """Its learning rate as a multiple of the autoencoder's."""
+
+    def factor(self, step: int) -> float:
+        """Share in [0, 1] of the adversarial loss that reaches the decoder at `step`."""
+        since = step - self.start_step - self.warmup_steps
+        if since < 0:
+            return 0.0
+        return min(1.0, (since + 1) / (self.ramp_steps + 1))
+
+
+class VQOptimizerConfig(OptimizerConfig):
+    """Adam with the published betas."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.9)
+
+
+class VQTrainConfig(Config):
+    """A training run of stage one."""
+
+    description: str = ""
+    """One line for `taming vq configs`."""
+    data: DataConfig
+    model: VQModelConfig = VQModelConfig()
+    loss: LossConfig = LossConfig()
+    discriminator: AdversarialConfig | None = AdversarialConfig()
+    """null: no adversarial term at all."""
+    optimizer: VQOptimizerConfig
+    training: TrainingConfig
+    init_from: str | None = None
+    """A saved model (folder, run or hub id) of the same model config, whose weights are the start."""

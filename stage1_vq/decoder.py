@@ -1,0 +1,59 @@
+"""Latents to pictures: the published convolutional decoder, under the published names."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from stage1_vq.config import VQModelConfig
+from stage1_vq.encoder import Level, Middle, residual_block
+from taming.layers.norm import group_norm, group_norm_silu
+from taming.layers.resnet import Upsample
+from taming.layers.spatial_attention import SpatialAttention
+
+
+class Painted(NamedTuple):
+    """A picture and what its last convolution saw."""
+
+    images: Tensor
+    """(B, in_channels, H, W)."""
+    features: Tensor
+    """(B, C, H, W), detached: with the gradient of `images` it gives that of the last weight."""
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> pictures (B, in_channels, h f, w f); not clamped."""
+
+    def __init__(self, config: VQModelConfig) -> None:
+        super().__init__()
+        self.recompute = config.recompute
+        num_levels = len(config.channel_multipliers)
+        width = config.channels * config.channel_multipliers[-1]
+        size = config.resolution // config.downsample_factor
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = Middle(config, width)
+        levels: list[Level] = []
+        for index in reversed(range(num_levels)):
+            block, attn = [], []
+            for _ in range(config.num_res_blocks + 1):
+                block.append(
+                    residual_block(config, width, config.channels * config.channel_multipliers[index])
+                )
+                width = config.channels * config.channel_multipliers[index]
+                if size in config.attention_resolutions:
+                    attn.append(SpatialAttention(width, config.norm_num_groups))
+            up = Upsample(width, recompute=config.recompute) if index else None
+            # Index 0 is the highest resolution, which is the last to run.
+            levels.insert(0, Level(block, attn, upsample=up))
+            size *= 2
+        self.up = nn.ModuleList(levels)
+        self.norm_out = group_norm(width, config.norm_num_groups)
+        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Painted:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        features = group_norm_silu(h, self.norm_out, recompute=self.recompute)
+        return Painted(self.conv_out(features), features.detach())

@@ -1,0 +1,28 @@
+"""What each player of a GAN minimises. Logits are (B, 1, ...): all but the batch is averaged alike."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+AdversarialLoss = Literal["hinge", "vanilla"]
+
+
+def generator_loss(logits_fake: Tensor) -> Tensor:
+    """-mean D(fake), () (Lim and Ye 2017, arXiv:1705.02894)."""
+    return -logits_fake.mean()
+
+
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: AdversarialLoss) -> Tensor:
+    """Half of the two means, ().
+
+    hinge: relu(1 - D(real)) + relu(1 + D(fake)); vanilla: softplus(-D(real)) + softplus(D(fake))
+    (Goodfellow et al. 2014, the logistic form).
+    """
+    match kind:
+        case "hinge":
+            return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+        case "vanilla":
+            return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())

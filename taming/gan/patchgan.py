@@ -1,0 +1,63 @@
+"""Discriminator that judges patches (Isola et al. 2017, arXiv:1611.07004)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from taming.config import Config
+
+
+class PatchGANConfig(Config):
+    """The published one is 64 channels, 3 layers and batch normalisation."""
+
+    kind: Literal["patchgan"] = "patchgan"
+    channels: int = Field(default=64, ge=1)
+    num_layers: int = Field(default=3, ge=1)
+    norm: Literal["batch", "group", "none"] = "batch"
+
+
+class PatchGAN(nn.Module):
+    """Pictures (B, in_channels, H, W) -> logits (B, 1, h, w), positive for real.
+
+    4x4 convolutions, num_layers of stride 2 and two of stride 1, LeakyReLU 0.2, weights from N(0, 0.02).
+    """
+
+    def __init__(self, config: PatchGANConfig, in_channels: int = 3) -> None:
+        super().__init__()
+        width = config.channels
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for index in range(1, config.num_layers + 1):
+            wider = config.channels * min(2**index, 8)
+            stride = 2 if index < config.num_layers else 1
+            layers += [
+                # A normalisation by channel takes out any bias before it.
+                nn.Conv2d(width, wider, 4, stride, 1, bias=config.norm != "batch"),
+                _norm(config.norm, wider),
+                nn.LeakyReLU(0.2),
+            ]
+            width = wider
+        layers.append(nn.Conv2d(width, 1, 4, 1, 1))
+        self.main = nn.Sequential(*layers)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.main(images)
+        return logits
+
+
+def _norm(kind: Literal["batch", "group", "none"], channels: int) -> nn.Module:
+    match kind:
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "group":
+            return nn.GroupNorm(next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0), channels)
+        case "none":
+            return nn.Identity()
