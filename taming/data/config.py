@@ -1,0 +1,101 @@
+"""Where pictures come from: a folder, or the built-in scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from taming.config import Config
+
+Size = (
+    Annotated[int, Field(gt=0)]
+    | Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)]
+)
+
+
+class ScenesDataConfig(Config):
+    """The built-in scenes, drawn from (seed, index): nothing to download (see taming.data.scenes)."""
+
+    kind: Literal["scenes"] = "scenes"
+    seed: int = Field(0, ge=0)
+    num_train: int = Field(4000, ge=1)
+    num_validation: int = Field(256, ge=0)
+    size: Size = 64
+    """Pixels: one number for a square, or [height, width]."""
+    cache: bool = True
+    """Keep each scene in memory as uint8 once it is drawn."""
+    flip: bool = False
+    """Mirror half of the training samples."""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return _height_width(self.size)
+
+
+class FolderDataConfig(Config):
+    """A folder of pictures of any size, mode and aspect, with maps in folders beside it.
+
+    Maps belong to the picture of the same relative name, whatever their suffixes.
+    """
+
+    kind: Literal["folder"] = "folder"
+    root: Path
+    images: str | None = None
+    """Folder of the pictures under root; by default root/images if there is one, else root itself."""
+    segmentation: str | None = None
+    """Folder under root with one label map a picture: grey, 16-bit grey or palette, value = label."""
+    num_labels: int | None = Field(None, ge=1)
+    """How many labels there are: map values lie in [0, num_labels). Required with segmentation."""
+    depth: str | None = None
+    """Folder under root with one inverse-depth map a picture: 8 or 16-bit grey, white is nearest."""
+    condition_image: str | None = None
+    """Folder under root with a second picture for each picture."""
+    class_labels: bool = False
+    """The first-level sub-folders of the picture folder are the classes."""
+    size: Size = 256
+    """Pixels of the crop: one number for a square, or [height, width]."""
+    resize: int | None = Field(None, gt=0)
+    """The shorter side is brought to this before the crop; by default as small as covers the crop."""
+    random_scale: tuple[float, float] = (1.0, 1.0)
+    """In training, `resize` is multiplied by a random factor from here (the crop stays covered)."""
+    crop: Literal["random", "center"] = "random"
+    """Where training crops lie; validation crops lie in the centre."""
+    flip: bool = True
+    """Mirror half of the training samples."""
+    validation_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of the pictures that are held out, by a stable hash of their names."""
+    upscale: bool = False
+    """Enlarge pictures that are smaller than the crop, in place of refusing them."""
+    max_pixels: int = Field(200_000_000, gt=0)
+    """Refuse pictures of more pixels than this before they are decoded."""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return _height_width(self.size)
+
+    @field_validator("random_scale")
+    @classmethod
+    def _check_random_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be two factors, 0 < lowest <= highest")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> FolderDataConfig:
+        if self.segmentation is not None and self.num_labels is None:
+            raise ValueError("segmentation needs num_labels: maps hold labels in [0, num_labels)")
+        if self.resize is not None and self.resize < min(self.height_width):
+            raise ValueError(
+                f"resize {self.resize} is less than the crop {self.size}; make it at least"
+                f" {min(self.height_width)} or leave it out"
+            )
+        return self
+
+
+DataConfig = Annotated[FolderDataConfig | ScenesDataConfig, Field(discriminator="kind")]
+
+
+def _height_width(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

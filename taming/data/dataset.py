@@ -1,0 +1,169 @@
+"""Datasets: what every source of pictures gives, and the built-in scenes as one.
+
+Axes: B samples, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from taming.data.batch import collate
+from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.data.scenes import CLASS_NAMES, LABEL_NAMES, PROTOTYPES, Scene, SceneObject, render_scene
+from taming.data.transforms import uniforms
+from taming.types import Batch
+
+Split = Literal["train", "validation"]
+
+
+class PictureDataset(ABC):
+    """A fixed, numbered collection of pictures of one size, with what belongs to each."""
+
+    size: tuple[int, int]
+    """(H, W) of every picture and map."""
+    provides: frozenset[str]
+    """The keys of a batch (see taming.types.Batch)."""
+    class_names: list[str]
+    """Names of the picture's classes; empty without class labels."""
+    num_labels: int
+    """Labels of the segmentation maps; 0 without maps."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
+        """One sample: image uint8 (C, H, W), segmentation int64 (H, W), depth float32 (1, H, W), ...
+
+        What is random about it is a pure function of (seed, epoch, the sample's key). Epoch -1 means
+        without augmentation: centre crop, no mirror image. Raises DataError for a file that went bad.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 in hex over the samples' names and sizes: changes whenever the data does."""
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int], *, seed: int = 0) -> Batch:
+        """Several samples, collated."""
+        return collate(
+            [self.sample(index, epoch, seed=seed) for index, epoch in zip(indices, epochs, strict=True)]
+        )
+
+
+def open_dataset(config: FolderDataConfig | ScenesDataConfig, split: Split) -> PictureDataset:
+    """Open one split. All that can be found wrong before training is: raises DataError."""
+    match config:
+        case ScenesDataConfig():
+            return ScenesDataset(config, split)
+        case FolderDataConfig():
+            from taming.data.folder import FolderDataset
+
+            return FolderDataset(config, split)
+
+
+class ScenesDataset(PictureDataset):
+    """The built-in scenes. The validation split is another endless set, so that no scene is in both."""
+
+    def __init__(self, config: ScenesDataConfig, split: Split) -> None:
+        self.config = config
+        self.split = split
+        self.size = config.height_width
+        self.provides = frozenset({"image", "label", "segmentation", "depth", "objects", "text", "key"})
+        self.class_names = list(CLASS_NAMES)
+        self.label_names = list(LABEL_NAMES)
+        self.num_labels = len(LABEL_NAMES)
+        self.prototypes = PROTOTYPES
+        self._length = config.num_train if split == "train" else config.num_validation
+        self._seed = 2 * config.seed + (split == "validation")
+        # Filled scene by scene on first use; memory that is never written to is never taken.
+        kept, (height, width) = (self._length if config.cache else 0), self.size
+        self._filled = np.zeros(kept, dtype=bool)
+        self._images = np.empty((kept, 3, height, width), dtype=np.uint8)
+        self._segmentations = np.empty((kept, height, width), dtype=np.uint8)
+        self._depths = np.empty((kept, height, width), dtype=np.float16)
+        self._labels = np.empty(kept, dtype=np.int64)
+        self._objects: list[list[SceneObject]] = [[] for _ in range(kept)]
+        self._texts = [""] * kept
+
+    def __len__(self) -> int:
+        return self._length
+
+    def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
+        batch = self.batch([index], [epoch], seed=seed)
+        return {name: value[0] if name != "label" else int(value[0]) for name, value in batch.items()}
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int], *, seed: int = 0) -> Batch:
+        rows = np.asarray(indices, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self._length):
+            raise IndexError(f"scenes are numbered 0 to {self._length - 1}, not {rows.min()} to {rows.max()}")
+        keys = [self.key(index) for index in indices]
+        if self.config.cache:
+            for index in rows[~self._filled[rows]].tolist():
+                self._keep(index)
+            arrays: dict[str, np.ndarray] = {
+                "image": self._images[rows],
+                "label": self._labels[rows],
+                "segmentation": self._segmentations[rows].astype(np.int64),
+                "depth": self._depths[rows].astype(np.float32)[:, None],
+            }
+            objects, texts = [self._objects[i] for i in indices], [self._texts[i] for i in indices]
+        else:
+            scenes = [self._render(index) for index in indices]
+            arrays = {
+                "image": np.stack([scene.image.transpose(2, 0, 1) for scene in scenes]),
+                "label": np.array([scene.label for scene in scenes], dtype=np.int64),
+                "segmentation": np.stack([scene.segmentation for scene in scenes]).astype(np.int64),
+                "depth": np.stack([_half(scene.depth) for scene in scenes]).astype(np.float32)[:, None],
+            }
+            objects, texts = [scene.objects for scene in scenes], [scene.text for scene in scenes]
+        if self.config.flip:
+            for n, (epoch, key) in enumerate(zip(epochs, keys, strict=True)):
+                if epoch >= 0 and uniforms(seed, epoch, key, 1)[0] < 0.5:
+                    for name in ("image", "segmentation", "depth"):
+                        arrays[name][n] = arrays[name][n, ..., ::-1].copy()
+                    objects[n] = [_mirrored(item) for item in objects[n]]
+        tensors: Batch = {
+            name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()
+        }
+        return {**tensors, "objects": objects, "text": texts, "key": keys}
+
+    def key(self, index: int) -> str:
+        return f"scene-{self._seed}-{index:06d}"
+
+    def fingerprint(self) -> str:
+        facts = ("scenes", self._seed, self._length, *self.size)
+        return hashlib.sha256("/".join(map(str, facts)).encode()).hexdigest()
+
+    def _render(self, index: int) -> Scene:
+        return render_scene(self._seed, int(index), self.size)
+
+    def _keep(self, index: int) -> None:
+        if self._filled[index]:
+            return  # twice in one batch
+        scene = self._render(index)
+        self._images[index] = scene.image.transpose(2, 0, 1)
+        self._segmentations[index] = scene.segmentation
+        self._depths[index] = _half(scene.depth)
+        self._labels[index] = scene.label
+        self._objects[index], self._texts[index] = scene.objects, scene.text
+        self._filled[index] = True
+
+
+def _half(depth: np.ndarray) -> np.ndarray:
+    # Half precision keeps 11 bits of depth at half the memory; uncached scenes are rounded alike.
+    return depth.astype(np.float16)
+
+
+def _mirrored(item: SceneObject) -> SceneObject:
+    x0, y0, x1, y1 = item["box"]
+    return {"label": item["label"], "box": (1 - x1, y0, 1 - x0, y1)}

@@ -1,0 +1,319 @@
+"""A folder of pictures, with maps in folders beside it, as a dataset.
+
+Everything that can be found wrong before training is found when it is opened, from the files' headers
+alone but for label maps, which are read in full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from taming.data.config import FolderDataConfig
+from taming.data.dataset import PictureDataset, Split
+from taming.data.picture import SUFFIXES, read_depth, read_labels, read_picture, read_size
+from taming.data.transforms import (
+    Crop,
+    choose_crop,
+    crop_depth,
+    crop_labels,
+    crop_picture,
+    needed_size,
+    uniforms,
+)
+from taming.errors import DataError
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+MapKind = Literal["segmentation", "depth", "condition_image"]
+_ASPECT_TOLERANCE = 0.02  # maps may be stored at another resolution, rounded to whole pixels
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture and what belongs to it."""
+
+    key: str
+    """Its path within the picture folder, "/" between parts, without the suffix."""
+    path: Path
+    maps: dict[MapKind, Path] = field(default_factory=dict)
+    label: int | None = None
+    size: tuple[int, int] = (0, 0)
+    """(H, W), upright."""
+
+
+class FolderDataset(PictureDataset):
+    """Pictures of a folder. Raises DataError for whatever is wrong with it, and says the way out."""
+
+    def __init__(self, config: FolderDataConfig, split: Split) -> None:
+        self.config = config
+        self.split = split
+        self.size = config.height_width
+        self.folder = _picture_folder(config)
+        entries = _scan_pictures(self.folder)
+        for kind in _map_kinds(config):
+            entries = _pair(entries, config, kind, self.folder)
+        self.class_names: list[str] = []
+        if config.class_labels:
+            entries, self.class_names = _label_classes(entries, self.folder)
+        held_out = _held_out(entries, config.validation_fraction)
+        entries = [entry for entry in entries if (entry.key in held_out) == (split == "validation")]
+        self.entries = _check_sizes(entries, config)
+        self.num_labels = 0
+        if config.num_labels is not None and config.segmentation is not None:
+            self.num_labels = config.num_labels
+            _check_labels(self.entries, config)
+        names = {"image", "key", *_map_kinds(config)} | ({"label"} if config.class_labels else set())
+        self.provides = frozenset(names)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
+        entry = self.entries[index]
+        crop = self._crop(entry, epoch, seed)
+        sample: dict[str, Any] = {"image": self._read(entry.path, crop), "key": entry.key}
+        limit = self.config.max_pixels
+        for kind, path in entry.maps.items():
+            if kind == "segmentation":
+                labels = crop_labels(read_labels(path, max_pixels=limit), crop, self.size)
+                sample[kind] = torch.from_numpy(labels)
+            elif kind == "depth":
+                depth = crop_depth(read_depth(path, max_pixels=limit), crop, self.size)
+                sample[kind] = torch.from_numpy(depth)[None]
+            else:
+                sample[kind] = self._read(path, crop)
+        if entry.label is not None:
+            sample["label"] = entry.label
+        return sample
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            for path in (entry.path, *entry.maps.values()):
+                digest.update(f"{entry.key}/{path.suffix}/{entry.size}/{path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+    def _crop(self, entry: Entry, epoch: int, seed: int) -> Crop:
+        config = self.config
+        if epoch < 0:
+            return choose_crop(entry.size, self.size, resize=config.resize, upscale=config.upscale)
+        scale, top, left, flip = uniforms(seed, epoch, entry.key, 4)
+        lowest, highest = config.random_scale
+        return choose_crop(
+            entry.size,
+            self.size,
+            resize=config.resize,
+            upscale=config.upscale,
+            position=(top, left) if config.crop == "random" else (0.5, 0.5),
+            scale=lowest + scale * (highest - lowest),
+            flip=config.flip and flip < 0.5,
+        )
+
+    def _read(self, path: Path, crop: Crop) -> torch.Tensor:
+        image = read_picture(path, at_least=needed_size(crop, self.size), max_pixels=self.config.max_pixels)
+        pixels = rearrange(crop_picture(image, crop, self.size), "h w c -> c h w")
+        return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def _map_kinds(config: FolderDataConfig) -> list[MapKind]:
+    kinds: tuple[MapKind, ...] = ("segmentation", "depth", "condition_image")
+    return [kind for kind in kinds if getattr(config, kind) is not None]
+
+
+def _picture_folder(config: FolderDataConfig) -> Path:
+    root = config.root.expanduser()
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise DataError(f"data.root {root} {what}; give a folder of pictures with -o data.root=DIR")
+    if config.images is not None:
+        if not (root / config.images).is_dir():
+            raise DataError(
+                f"data.images: there is no folder {root / config.images}; data.root has {_folders(root)}"
+            )
+        return root / config.images
+    if (root / "images").is_dir():
+        return root / "images"
+    if kinds := _map_kinds(config):
+        raise DataError(
+            f"data.{kinds[0]} is set, but there is no folder {root / 'images'}; set data.images to the"
+            f" folder of the pictures ({_folders(root)})"
+        )
+    return root
+
+
+def _folders(root: Path) -> str:
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    return "the folders " + ", ".join(names) if names else "no folders"
+
+
+def _scan(folder: Path) -> tuple[list[Path], int]:
+    """Pictures below a folder in the order of their names, and how many other files there are."""
+    found, others = [], 0
+    visited: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.startswith("."):
+                continue
+            if Path(name).suffix.lower() in SUFFIXES:
+                found.append(Path(parent, name))
+            else:
+                others += 1
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix()), others
+
+
+def _key(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _scan_pictures(folder: Path) -> list[Entry]:
+    paths, others = _scan(folder)
+    if not paths:
+        raise DataError(
+            f"there are no pictures in {folder} ({others} other files); pictures end in"
+            f" {', '.join(sorted(SUFFIXES))}"
+        )
+    entries: list[Entry] = []
+    taken: dict[str, Path] = {}
+    for path in paths:
+        key = _key(path, folder)
+        if key in taken:
+            raise DataError(
+                f"pictures {taken[key]} and {path} differ only in their suffix, and names must be unique;"
+                " rename or remove one"
+            )
+        taken[key] = path
+        entries.append(Entry(key, path))
+    return entries
+
+
+def _pair(entries: Sequence[Entry], config: FolderDataConfig, kind: MapKind, pictures: Path) -> list[Entry]:
+    name = getattr(config, kind)
+    folder = config.root.expanduser() / name
+    if not folder.is_dir():
+        raise DataError(
+            f"data.{kind}: there is no folder {folder}; data.root has {_folders(config.root.expanduser())}"
+        )
+    maps: dict[str, Path] = {}
+    for path in _scan(folder)[0]:
+        key = _key(path, folder)
+        if key in maps:
+            raise DataError(f"maps {maps[key]} and {path} differ only in their suffix; remove one")
+        maps[key] = path
+    missing = [entry for entry in entries if entry.key not in maps]
+    if missing:
+        raise DataError(
+            f"picture {missing[0].path} has no map in {folder} (looked for {missing[0].key}.*)"
+            f"{_more(missing)}; add the map, remove the picture, or unset data.{kind}"
+        )
+    surplus = sorted(set(maps) - {entry.key for entry in entries})
+    if surplus:
+        raise DataError(
+            f"map {maps[surplus[0]]} has no picture in {pictures} (looked for {surplus[0]}.*)"
+            f"{_more(surplus)}; add the picture or remove the map"
+        )
+    return [replace(entry, maps={**entry.maps, kind: maps[entry.key]}) for entry in entries]
+
+
+def _label_classes(entries: Sequence[Entry], folder: Path) -> tuple[list[Entry], list[str]]:
+    loose = [entry for entry in entries if "/" not in entry.key]
+    if loose:
+        raise DataError(
+            f"picture {loose[0].path} lies in no class folder{_more(loose)}; with data.class_labels every"
+            f" picture lies in {folder}/CLASS/; move it or set data.class_labels=false"
+        )
+    names = sorted({entry.key.split("/")[0] for entry in entries})
+    numbers = {name: number for number, name in enumerate(names)}
+    return [replace(entry, label=numbers[entry.key.split("/")[0]]) for entry in entries], names
+
+
+def _held_out(entries: Sequence[Entry], fraction: float) -> set[str]:
+    """Keys of the validation split: those whose name's hash lies below the fraction.
+
+    A picture stays where it is when others come or go. Where there is a choice, each split has one.
+    """
+    if fraction == 0 or len(entries) < 2:
+        return set()
+    places = {
+        entry.key: int.from_bytes(hashlib.sha256(entry.key.encode()).digest()[:8], "big") / 2**64
+        for entry in entries
+    }
+    order = sorted(places, key=lambda key: (places[key], key))
+    below = sum(place < fraction for place in places.values())
+    return set(order[: min(max(below, 1), len(order) - 1)])
+
+
+def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Entry]:
+    """Read all headers; returns the entries with their sizes."""
+    limit = config.max_pixels
+    sizes = _in_threads(lambda entry: read_size(entry.path, max_pixels=limit), entries)
+    measured = [replace(entry, size=size) for entry, size in zip(entries, sizes, strict=True)]
+    height, width = config.height_width
+    small = [entry for entry in measured if entry.size[0] < height or entry.size[1] < width]
+    if small and not config.upscale:
+        least = min(min(entry.size) for entry in measured)
+        first = small[0]
+        raise DataError(
+            f"picture {first.path} is {first.size[1]}x{first.size[0]}, smaller than the crop {width}x{height}"
+            f"{_more(small)}; set data.upscale=true, or data.size={least}, or remove it"
+        )
+    for kind in _map_kinds(config):
+        paths = [entry.maps[kind] for entry in measured]
+        map_sizes = _in_threads(lambda path: read_size(path, max_pixels=limit), paths)
+        for entry, size in zip(measured, map_sizes, strict=True):
+            if not _same_aspect(entry.size, size):
+                raise DataError(
+                    f"map {entry.maps[kind]} is {size[1]}x{size[0]}, but its picture {entry.path} is"
+                    f" {entry.size[1]}x{entry.size[0]}: the aspects differ; make the map cover the same view"
+                )
+    return measured
+
+
+def _same_aspect(picture: tuple[int, int], other: tuple[int, int]) -> bool:
+    # One pixel of rounding is allowed too, which is much where a map is small.
+    height = other[1] * picture[0] / picture[1]
+    return abs(height - other[0]) <= max(1.0, _ASPECT_TOLERANCE * other[0])
+
+
+def _check_labels(entries: Sequence[Entry], config: FolderDataConfig) -> None:
+    assert config.num_labels is not None
+
+    def extremes(entry: Entry) -> tuple[int, int]:
+        labels = read_labels(entry.maps["segmentation"], max_pixels=config.max_pixels)
+        return int(labels.min()), int(labels.max())
+
+    found = _in_threads(extremes, entries)
+    most = max((highest for _, highest in found), default=0)
+    for entry, (lowest, highest) in zip(entries, found, strict=True):
+        path = entry.maps["segmentation"]
+        if lowest < 0:
+            raise DataError(f"map {path} holds label {lowest}; labels lie in [0, {config.num_labels})")
+        if highest >= config.num_labels:
+            raise DataError(
+                f"map {path} holds label {highest}, but data.num_labels is {config.num_labels};"
+                f" set data.num_labels={most + 1}, or give such pixels a label below {config.num_labels}"
+            )
+
+
+def _in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    # Pillow lets go of the interpreter while it decodes, and headers wait for the disk.
+    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+        return list(pool.map(function, items))
+
+
+def _more(items: Sequence[Any]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

@@ -1,0 +1,203 @@
+"""Pictures and maps on disk: read right, whatever their format and mode, and written.
+
+Axes: N pictures, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from taming.errors import DataError
+
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""Only these are ever tried: formats that run programs (EPS) or hold other files are never sniffed."""
+
+SUFFIXES: frozenset[str] = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+
+MAX_PIXELS = 200_000_000
+
+_ORIENTATION = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)
+# What Pillow's decoders raise on damaged files, found by feeding them such files.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+_open_lock = threading.Lock()
+
+
+def read_picture(
+    path: str | Path, *, at_least: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """The picture as 8-bit RGB, upright by its EXIF orientation; of an animation, the first frame.
+
+    16-bit grey is scaled by 1/257, not clipped. Transparent pixels are laid over white. Where `at_least`
+    (H, W) is given, a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but not below it.
+    Raises DataError, with the path and the reason, for a file that is damaged, of another format, or of
+    more than `max_pixels` pixels.
+    """
+    with _opened(path, max_pixels) as image:
+        if at_least is not None and image.format == "JPEG":
+            height, width = at_least
+            if _orientation(image) in _TRANSPOSED:
+                height, width = width, height
+            image.draft("RGB", (width, height))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), path)
+
+
+def read_labels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A label map as (H, W) int64: the grey value, or the palette's index, of each pixel.
+
+    Raises DataError for a damaged file or one in colour.
+    """
+    with _opened(path, max_pixels) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+            raise DataError(
+                f"map {path} is a picture in mode {image.mode}, not a label map; save it as 8 or 16-bit grey"
+                " or with a palette, the value of a pixel being its label"
+            )
+        return np.asarray(image).astype(np.int64)
+
+
+def read_depth(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An 8 or 16-bit grey map as (H, W) float32 in [0, 1].
+
+    Raises DataError for a damaged file or one of another mode.
+    """
+    with _opened(path, max_pixels) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        values = np.asarray(image)
+        if image.mode == "L":
+            return values.astype(np.float32) / 255
+        if image.mode.startswith("I;16"):
+            return values.astype(np.float32) / 65535
+        if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
+            return values.astype(np.float32) / 65535
+        raise DataError(f"map {path} is in mode {image.mode}, not a depth map; save it as 8 or 16-bit grey")
+
+
+def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of the upright picture, from the file's header alone. Raises DataError."""
+    with _opened(path, max_pixels) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _TRANSPOSED else (height, width)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(..., C, H, W) in [-1, 1] -> uint8; values outside are clipped."""
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Write one picture (C, H, W) in [-1, 1], C = 1 or 3, as PNG; its folder is made."""
+    pixels = to_uint8(image).cpu()
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"one picture is (1 or 3, H, W), not {tuple(pixels.shape)}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = pixels[0].numpy() if pixels.shape[0] == 1 else rearrange(pixels, "c h w -> h w c").numpy()
+    Image.fromarray(np.ascontiguousarray(array)).save(path, format="PNG")
+
+
+def tile(images: Tensor, columns: int, pad: int = 2) -> Tensor:
+    """Lay pictures (N, C, H, W) in [-1, 1] out in rows of `columns` on white: (C, H', W')."""
+    num, channels, height, width = images.shape
+    if num < 1 or columns < 1:
+        raise ValueError(f"tile needs pictures and columns, not {num} and {columns}")
+    columns = min(columns, num)
+    rows = -(-num // columns)
+    sheet = images.new_ones(channels, rows * (height + pad) + pad, columns * (width + pad) + pad)
+    for n in range(num):
+        top, left = (n // columns) * (height + pad) + pad, (n % columns) * (width + pad) + pad
+        sheet[:, top : top + height, left : left + width] = images[n]
+    return sheet
+
+
+@contextmanager
+def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Open a file by its header; whatever is wrong with it, then or on reading, becomes a DataError."""
+    try:
+        with _open_unlimited(path) as image:
+            if image.width * image.height > max_pixels:
+                raise DataError(
+                    f"picture {path} has {image.width}x{image.height} pixels, more than data.max_pixels ="
+                    f" {max_pixels}; make it smaller or raise data.max_pixels"
+                )
+            yield image
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"picture {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise DataError(
+            f"picture {path} is damaged or not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file;"
+            " convert it or remove it"
+        ) from None
+    except _BROKEN as error:
+        raise DataError(f"picture {path} cannot be read: {error}; replace it or remove it") from None
+
+
+def _open_unlimited(path: str | Path) -> Image.Image:
+    # Pillow's own limit is a global: it is set aside, one thread at a time, while a header is read, since
+    # our limit may be higher and is checked right after.
+    with _open_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(path, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _orientation(image: Image.Image) -> int:
+    # PngImageFile.getexif decodes the whole picture in search of a late chunk: the header must do.
+    exif = Image.Image.getexif(image)
+    value = exif.get(_ORIENTATION, 1)
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_to_rgb(image, path)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise DataError(
+            f"picture {path} is in mode {image.mode} with values from {values.min()} to {values.max()};"
+            " save it with 8 or 16 bits a channel"
+        )
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
