@@ -148,8 +148,8 @@ class _Canvas:
 _WALL, _SIDE, _ROOF, _DARK, _TRIM = (
     (206, 84, 66),
     (170, 62, 52),
-    (78, 54, 88),
-    (62, 44, 74),
+    (66, 44, 80),
+    (54, 38, 68),
     (232, 150, 120),
 )
 _NEEDLES, _TRUNK = (24, 92, 66), (92, 62, 46)
@@ -269,9 +269,9 @@ def _boulder(canvas: _Canvas) -> Floats:
     canvas.polygon([*inner, (0.0, 0.06)], tone(math.pi / 2, num))
     canvas.polygon([inner[0], rim[0], rim[-1], inner[-1], (0.0, 0.10)], tone(-0.5, num + 1))
     colour = canvas.colour()
-    grain = canvas.waves(5 * canvas.s + 3 * canvas.t + canvas.random(28), 7, canvas.place.width)
-    grain = grain * np.cos(2 * np.pi * (6 * canvas.t - 2 * canvas.s + canvas.random(29)))
-    return colour * (1 + 0.06 * grain + 0.10 * (canvas.t - 0.5))[..., None]
+    grain = canvas.waves(2.2 * canvas.s + 1.1 * canvas.t + canvas.random(28), 9, canvas.place.width)
+    grain = grain * np.cos(2 * np.pi * (2.3 * canvas.t - 0.8 * canvas.s + canvas.random(29)))
+    return colour * (1 + 0.05 * grain + 0.10 * (canvas.t - 0.5))[..., None]
 
 
 def _haystack(canvas: _Canvas) -> Floats:
@@ -305,13 +305,15 @@ def _haystack(canvas: _Canvas) -> Floats:
 
 OBJECTS: dict[str, ObjectKind] = {
     "house": ObjectKind(
-        1.25, 0.62, "a house", "houses", ((190, 74, 60), (76, 54, 86), (205, 110, 90)), _house
+        1.25, 0.83, "a house", "houses", ((206, 103, 84), (168, 69, 59), (68, 46, 80)), _house
     ),
-    "pine": ObjectKind(0.62, 0.92, "a pine", "pines", ((24, 90, 66), (40, 80, 66)), _pine),
-    "ball": ObjectKind(1.0, 0.44, "a ball", "balls", ((205, 58, 148), (118, 40, 150)), _ball),
-    "boulder": ObjectKind(1.4, 0.42, "a boulder", "boulders", ((148, 146, 150), (104, 101, 110)), _boulder),
+    "pine": ObjectKind(0.68, 1.16, "a pine", "pines", ((29, 100, 73), (22, 79, 57), (92, 63, 46)), _pine),
+    "ball": ObjectKind(1.0, 0.61, "a ball", "balls", ((229, 68, 169), (175, 52, 135), (118, 39, 147)), _ball),
+    "boulder": ObjectKind(
+        1.45, 0.56, "a boulder", "boulders", ((148, 146, 152), (128, 125, 130), (101, 97, 105)), _boulder
+    ),
     "haystack": ObjectKind(
-        1.15, 0.52, "a haystack", "haystacks", ((232, 170, 46), (190, 128, 34)), _haystack
+        1.15, 0.71, "a haystack", "haystacks", ((248, 188, 49), (220, 163, 43), (183, 132, 34)), _haystack
     ),
 }
 """The classes in the order of their labels."""

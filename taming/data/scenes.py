@@ -27,8 +27,8 @@ LABEL_NAMES: tuple[str, ...] = ("sky", "ground", *CLASS_NAMES)
 """Names of the segmentation labels: an object of class c has the label FIRST_OBJECT + c."""
 
 PROTOTYPES: tuple[tuple[tuple[float, float, float], ...], ...] = (
-    ((112, 172, 226), (226, 233, 240), (240, 206, 184)),
-    ((150, 186, 78), (116, 150, 62), (178, 200, 112)),
+    ((115, 164, 225), (163, 190, 225), (224, 224, 229)),
+    ((168, 203, 99), (146, 179, 81), (109, 135, 60)),
     *(kind.prototypes for kind in OBJECTS.values()),
 )
 """Typical colours of each segmentation label, RGB in 0..255 (see taming.metrics.adherence)."""
@@ -76,6 +76,7 @@ def render_scene(seed: int, index: int, size: tuple[int, int] = (64, 64)) -> Sce
         if sprite is None:
             continue
         window = (sprite.rows, sprite.columns)
+        _shade_ground(picture, segmentation, place)
         haze = 0.24 * (1 - place.nearness) ** 2
         colour = sprite.colour * (1 - haze) + sprite.coverage[..., None] * (haze * stage.haze)
         picture[window] *= 1 - sprite.coverage[..., None]
@@ -101,7 +102,8 @@ class _Stage:
         self.y = ((np.arange(size[0], dtype=np.float32) + 0.5) / self.scale)[:, None]  # (H, 1)
         self.x = ((np.arange(size[1], dtype=np.float32) + 0.5) / self.scale)[None, :]  # (1, W)
         draw = random.random(8)
-        self.horizon = self.height * (0.20 + 0.38 * draw[0])
+        # Low and high horizons are more frequent than middling ones: scenes differ more.
+        self.horizon = self.height * (0.13 + 0.48 * math.sin(0.5 * math.pi * draw[0]) ** 2)
         brightness, warmth = 0.92 + 0.15 * draw[1], 0.045 * (2 * draw[2] - 1)
         self.light_colour = np.array(
             [brightness * (1 + warmth), brightness, brightness * (1 - warmth)], np.float32
@@ -148,7 +150,7 @@ class _Stage:
     def paint_ground(self, picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Paint the ground over the sky; returns its coverage (H, W) in [0, 1]."""
         draw = random.random(12)
-        rise = 0.012 + 0.035 * draw[0]
+        rise = 0.012 + 0.06 * draw[0]
         ridge = self.horizon - rise * (
             np.sin(2 * np.pi * (0.7 * self.x + draw[1])) + 0.5 * np.sin(2 * np.pi * (1.7 * self.x + draw[2]))
         )
@@ -175,14 +177,14 @@ class _Stage:
 
     def place_objects(self, random: np.random.Generator) -> list[Placement]:
         """Objects from far to near; the nearest is well inside the frame."""
-        count = 2 + int(5 * random.random() ** 0.8)
+        count = 2 + int(5 * random.random() ** 0.5)
         if self.width > 1.5:
             count = round(count * (0.4 + 0.6 * self.width))
         # Evenly spread depths with jitter, so that objects rarely share one.
         draw = random.random((count, 8))
         steps = (np.arange(count) + 0.15 + 0.7 * draw[:, 0]) / count
-        nearness = 0.20 + 0.72 * steps**1.1
-        nearness[-1] = 0.74 + 0.24 * draw[-1, 0]
+        nearness = 0.22 + 0.66 * steps
+        nearness[-1] = 0.80 + 0.20 * draw[-1, 0]
         centres: list[float] = []
         places = []
         for n in reversed(range(count)):  # the nearest chooses its place first
@@ -208,6 +210,21 @@ class _Stage:
                 )
             )
         return places[::-1]
+
+
+def _shade_ground(picture: np.ndarray, segmentation: np.ndarray, place: Placement) -> None:
+    """Darken the ground under and beside an object, away from the light."""
+    scale = min(segmentation.shape)
+    reach_x, reach_y = 0.62 * place.width, 0.13 * place.width * (0.4 + 0.6 * place.nearness)
+    x, y = place.centre - 0.16 * place.light * place.width, place.base - 0.1 * reach_y
+    rows = slice(max(0, int((y - reach_y) * scale)), max(0, math.ceil((y + reach_y) * scale)))
+    columns = slice(max(0, int((x - reach_x) * scale)), max(0, math.ceil((x + reach_x) * scale)))
+    ground = segmentation[rows, columns] == GROUND
+    down = (np.arange(rows.start, rows.start + ground.shape[0]) + 0.5) / scale - y
+    across = (np.arange(columns.start, columns.start + ground.shape[1]) + 0.5) / scale - x
+    fall = 1 - (down / reach_y)[:, None] ** 2 - (across / reach_x)[None, :] ** 2
+    shade = 0.34 * np.clip(1.6 * fall, 0, 1) * ground
+    picture[rows, columns] *= (1 - shade)[..., None].astype(np.float32)
 
 
 def _visible_objects(owner: np.ndarray, places: list[Placement]) -> list[SceneObject]:
