@@ -33,7 +33,7 @@ PROTOTYPES: tuple[tuple[tuple[float, float, float], ...], ...] = (
 )
 """Typical colours of each segmentation label, RGB in 0..255 (see taming.metrics.adherence)."""
 
-_SMALLEST_SHARE = 1.5e-3  # of the frame; less of an object is neither listed nor told
+_SMALLEST_SHARE = 1.5e-3  # of the frame's shorter side squared; less of an object is neither listed nor told
 
 
 class SceneObject(TypedDict):
@@ -70,7 +70,7 @@ def render_scene(seed: int, index: int, size: tuple[int, int] = (64, 64)) -> Sce
     segmentation = np.where(ground > 0.5, np.uint8(GROUND), np.uint8(SKY))
     depth = np.where(ground > 0.5, stage.ground_nearness[:, None], np.float32(0))
     places = stage.place_objects(random)
-    owner = np.full(size, -1, dtype=np.int8)
+    owner = np.full(size, -1, dtype=np.int16)
     for number, place in enumerate(places):  # from far to near
         sprite = draw_object(place, size)
         if sprite is None:
@@ -172,7 +172,6 @@ class _Stage:
         colour = colour * (1 + shade)[..., None]
         weight = coverage[rows, :, None]
         picture[rows] += weight * (colour - picture[rows])
-        self._picture = picture
         return coverage
 
     def place_objects(self, random: np.random.Generator) -> list[Placement]:
@@ -229,10 +228,11 @@ def _shade_ground(picture: np.ndarray, segmentation: np.ndarray, place: Placemen
 
 def _visible_objects(owner: np.ndarray, places: list[Placement]) -> list[SceneObject]:
     height, width = owner.shape
+    least = _SMALLEST_SHARE * min(height, width) ** 2
     seen: list[SceneObject] = []
     for number in reversed(range(len(places))):
         mask = owner == number
-        if np.count_nonzero(mask) < _SMALLEST_SHARE * mask.size:
+        if np.count_nonzero(mask) < least:
             continue
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = (

@@ -1,0 +1,60 @@
+"""Make data to try the toolkit with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    # Without a callback, typer would make a single command the group itself.
+    pass
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
+    num: Annotated[int, typer.Option(min=1, max=999_999, help="How many scenes.")] = 1000,
+    size: Annotated[str, typer.Option(help="Pixels: 64, or HxW as in 64x256.")] = "64",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other scenes.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the scenes of an earlier run.")] = False,
+) -> None:
+    """Write the built-in scenes: pictures with label maps, depth, classes, boxes and sentences."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from taming.data.export import write_scenes
+
+    frame = _parse_size(size)
+    console = Console(stderr=True)
+    written = write_scenes(out, num, size=frame, seed=seed, overwrite=overwrite)
+    for _ in track(written, "scenes", total=num, console=console, disable=not console.is_terminal):
+        pass
+    typer.echo(f"{num} scenes of {frame[0]}x{frame[1]} (height x width) in {out}")
+    typer.echo(
+        f"train on them with: -o data.root={out} -o data.segmentation=segmentation"
+        f" -o data.num_labels={_num_labels()}"
+    )
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    from taming.errors import UserError
+
+    parts = text.lower().split("x")
+    if not (len(parts) in (1, 2) and all(part.isdecimal() for part in parts)):
+        raise UserError(f"--size {text!r} is neither a number nor HxW; write --size 64 or --size 64x256")
+    height, width = int(parts[0]), int(parts[-1])
+    if not (16 <= height <= 4096 and 16 <= width <= 4096):
+        raise UserError(f"--size {text} is outside of 16 to 4096 pixels; write --size 64 or --size 64x256")
+    return height, width
+
+
+def _num_labels() -> int:
+    from taming.data.scenes import LABEL_NAMES
+
+    return len(LABEL_NAMES)
