@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+
+from taming.collective import sum_over_processes
 
 
 def native_bf16() -> bool:
@@ -34,9 +35,5 @@ def make_accelerator(precision: str) -> Accelerator:
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set on any process; every process must call it."""
-    if accelerator.num_processes == 1:
-        return flag
     value = torch.tensor([float(flag)], device=accelerator.device)
-    total = accelerator.reduce(value, "sum")
-    assert isinstance(total, Tensor)
-    return bool(total.item() > 0)
+    return bool(sum_over_processes(value).item() > 0)

@@ -1,7 +1,7 @@
-"""An estimate of a training step's memory, made without running it.
+"""An estimate of a training step's memory: weights, and every tensor that autograd keeps, counted once.
 
-The step's forward runs on the meta device, where tensors have shapes but no storage, and every tensor
-that autograd keeps for the backward pass is counted once.
+Where the forward never looks at values it can be run under torch's FakeTensorMode, in which tensors have
+shapes but no storage: nothing is computed.
 """
 
 from __future__ import annotations

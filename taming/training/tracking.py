@@ -48,7 +48,7 @@ class Tracker:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
         (self.run / "previews").mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(self.run / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self.run / "tensorboard"))
         self._log = (self.run / "log.jsonl").open("a", encoding="utf-8")
         if self.console.is_terminal:
             self._progress = Progress(

@@ -1,0 +1,177 @@
+"""A data set as codes on disk: written by `taming vq encode`, read by stage two and by others.
+
+    DIR/index.json                 format, tokenizer hash, grid, downsample factor, views, splits and keys
+    DIR/tokenizer/                 the model that made the codes, so that they can be painted again
+    DIR/train-00000.safetensors    codes (n, V, h, w) int32 and, where the data has them, label (n,),
+                                   segmentation (n, V, H, W) int32, depth (n, V, 1, H, W) float32,
+                                   text and objects as JSON in the index
+    DIR/validation-00000.safetensors
+
+n samples, V views of each: the same picture under other crops and flips, made at extraction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stage1_vq.model import VQModel
+from taming.data.batch import to_device
+from taming.data.dataset import PictureDataset
+from taming.errors import DataError, UserError
+
+FORMAT = "taming-codes/1"
+INDEX = "index.json"
+Split = Literal["train", "validation"]
+TENSOR_KEYS = ("label", "segmentation", "depth")
+PLAIN_KEYS = ("text", "objects")
+
+
+@dataclass(frozen=True)
+class CodeIndex:
+    """What a folder of codes says of itself."""
+
+    tokenizer_hash: str
+    grid: tuple[int, int]
+    downsample_factor: int
+    codebook_size: int
+    views: int
+    class_names: list[str]
+    num_labels: int
+    provides: list[str]
+    splits: dict[str, list[dict[str, Any]]]
+    """Split -> shards, each {"file", "keys", and text or objects where the data has them}."""
+
+
+def write_codes(
+    model: VQModel,
+    datasets: dict[Split, PictureDataset],
+    folder: Path,
+    *,
+    views: int = 1,
+    batch_size: int = 16,
+    shard_size: int = 4096,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> CodeIndex:
+    """Encode data sets into `folder`; view 0 is the centre crop, further views are random crops and flips.
+
+    `progress` is called with the number of pictures just done. Raises UserError where `folder` is in use.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; give --out another folder or empty this one")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model.to(device).eval()
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for split, dataset in datasets.items():
+        splits[split] = []
+        for number, start in enumerate(range(0, len(dataset), shard_size)):
+            rows = range(start, min(start + shard_size, len(dataset)))
+            tensors, entry = _encode_rows(model, dataset, rows, views, batch_size, device, progress)
+            entry["file"] = f"{split}-{number:05d}.safetensors"
+            save_file(tensors, folder / entry["file"])
+            splits[split].append(entry)
+    reference = next(iter(datasets.values()))
+    factor = model.spec.downsample_factor
+    index = CodeIndex(
+        tokenizer_hash=model.content_hash(),
+        grid=(reference.size[0] // factor, reference.size[1] // factor),
+        downsample_factor=factor,
+        codebook_size=model.spec.codebook_size,
+        views=views,
+        class_names=list(reference.class_names),
+        num_labels=reference.num_labels,
+        provides=sorted(reference.provides & {*TENSOR_KEYS, *PLAIN_KEYS}),
+        splits=splits,
+    )
+    model.save_pretrained(folder / "tokenizer")
+    # Last, so that a folder with an index is whole.
+    (folder / INDEX).write_text(json.dumps({"format": FORMAT, **vars(index)}, indent=1), encoding="utf-8")
+    return index
+
+
+def read_index(folder: Path) -> CodeIndex:
+    """The index of a folder of codes. Raises DataError."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise DataError(
+            f"{folder} holds no {INDEX}: it is no folder of codes; make one with `taming vq encode`"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise DataError(
+                f"{path} is of another format than {FORMAT}; encode again with `taming vq encode`"
+            )
+        values["grid"] = tuple(values["grid"])
+        return CodeIndex(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read ({error}); encode again with `taming vq encode`") from None
+
+
+def read_shards(
+    folder: Path, index: CodeIndex, split: Split
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Each shard of a split as (tensors, its entry in the index). Raises DataError."""
+    for entry in index.splits.get(split, []):
+        path = folder / entry["file"]
+        # A name from a file never leaves its folder.
+        if path.parent != folder or not path.is_file():
+            raise DataError(
+                f"{folder / INDEX} names the shard {entry['file']!r}, which is not there; encode again"
+            )
+        tensors = load_file(path)
+        count = len(entry["keys"])
+        wrong = [name for name, value in tensors.items() if len(value) != count]
+        if "codes" not in tensors or wrong:
+            raise DataError(f"{path} does not hold the {count} samples that {INDEX} says; encode again")
+        codes = tensors["codes"]
+        if ((codes < 0) | (codes >= index.codebook_size)).any():
+            raise DataError(f"{path} holds codes outside [0, {index.codebook_size}); encode again")
+        yield tensors, entry
+
+
+@torch.no_grad()
+def _encode_rows(
+    model: VQModel,
+    dataset: PictureDataset,
+    rows: range,
+    views: int,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Callable[[int], None] | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    columns: dict[str, list[Tensor]] = {}
+    entry: dict[str, Any] = {"keys": []}
+    for first in range(0, len(rows), batch_size):
+        chunk = rows[first : first + batch_size]
+        per_view: dict[str, list[Tensor]] = {}
+        for view in range(views):
+            # Epoch -1 is the centre crop; the random views are those of epochs 0, 1, ...
+            batch = to_device(dataset.batch(chunk, [view - 1] * len(chunk)), device)
+            per_view.setdefault("codes", []).append(model.encode(batch["image"]).int().cpu())
+            for key in ("segmentation", "depth"):
+                if key in batch:
+                    value = batch[key].cpu()
+                    per_view.setdefault(key, []).append(value.int() if key == "segmentation" else value)
+            if view == 0:
+                entry["keys"] += batch["key"]
+                for key in PLAIN_KEYS:
+                    if key in batch:
+                        entry.setdefault(key, []).extend(batch[key])
+                if "label" in batch:
+                    columns.setdefault("label", []).append(batch["label"].cpu())
+        for key, values in per_view.items():
+            columns.setdefault(key, []).append(torch.stack(values, dim=1))
+        if progress is not None:
+            progress(len(chunk))
+    return {key: torch.cat(values).contiguous() for key, values in columns.items()}, entry

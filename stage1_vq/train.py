@@ -1,0 +1,85 @@
+"""A training run of stage one, from its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stage1_vq.config import VQTrainConfig
+from stage1_vq.model import VQModel
+from stage1_vq.task import VQTask
+from taming.data.dataset import PictureDataset, open_dataset
+from taming.errors import UserError
+from taming.gan.patchgan import PatchGAN
+from taming.training.loop import RunResult, run_training
+from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
+
+
+def train(config: VQTrainConfig, run: Path, *, resume: str = "auto") -> RunResult:
+    """Train a codebook in the folder `run`. Raises UserError before any long work starts."""
+    check(config)
+    train_data, validation_data = open_splits(config)
+    return run_training(
+        lambda: VQTask(config), config, config.training, train_data, validation_data, run=run, resume=resume
+    )
+
+
+def check(config: VQTrainConfig) -> None:
+    """Whether data and model fit. Raises UserError."""
+    factor = config.model.downsample_factor
+    for name, pixels in zip(("height", "width"), config.data.height_width, strict=True):
+        if pixels % factor:
+            raise UserError(
+                f"data.size: {name} {pixels} is not divisible by the model's downsample factor {factor}; "
+                f"use {max(pixels // factor, 1) * factor} or {(pixels // factor + 1) * factor}"
+            )
+    if config.model.in_channels != 3:
+        raise UserError(
+            f"model.in_channels {config.model.in_channels}: pictures have 3 channels; set it to 3"
+        )
+
+
+def open_splits(config: VQTrainConfig) -> tuple[PictureDataset, PictureDataset]:
+    """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
+    splits = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
+    if not len(splits[1]):
+        raise UserError(
+            "no validation pictures are left; raise data.validation_fraction (or data.num_validation), or give "
+            "more pictures"
+        )
+    return splits
+
+
+def describe(config: VQTrainConfig) -> dict[str, str]:
+    """What a config amounts to: sizes, parameters, memory."""
+    check(config)
+    height, width = config.data.height_width
+    factor, training = config.model.downsample_factor, config.training
+    with FakeTensorMode():
+        model = VQModel(config.model)
+        networks: list[torch.nn.Module] = [model]
+        if config.discriminator is not None:
+            networks.append(PatchGAN(config.discriminator.network, config.model.in_channels))
+        micro_batch = max(training.batch_size // training.accumulation, 1)
+        for network in networks:
+            network.eval()  # k-means and revival look at values
+        images = torch.zeros(micro_batch, config.model.in_channels, height, width)
+        kept = {storage for network in networks for storage in parameter_storages(network)}
+        activations = saved_bytes(lambda: [network(images) for network in networks], kept)
+    state = state_bytes(model, ema=training.ema_decay is not None) + sum(map(state_bytes, networks[1:]))
+    parameters = [sum(p.numel() for p in network.parameters()) for network in networks]
+    facts = {
+        "parameters": f"{parameters[0]:,} autoencoder"
+        + (f", {parameters[1]:,} discriminator" if parameters[1:] else ""),
+        "picture": f"{height}x{width}",
+        "latent grid": f"{height // factor}x{width // factor} (f{factor})",
+        "sequence length": f"{height // factor * (width // factor)} codes of {model.spec.codebook_size}",
+        "batch": f"{training.batch_size} pictures a step in {training.accumulation} micro-batch(es)",
+        "memory in fp32": f"about {format_bytes(state + activations)}: {format_bytes(state)} weights and "
+        f"optimiser, {format_bytes(activations)} activations; about half of the latter in bf16",
+    }
+    if config.loss.perceptual_weight:
+        facts["memory in fp32"] += "; the perceptual network comes on top"
+    return facts

@@ -1,0 +1,54 @@
+"""The transformer and its condition as one module: what stage two trains and saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from stage2_ar.conditions import build_condition
+from stage2_ar.config import ARModelConfig
+from stage2_ar.transformer import Grid, build_transformer
+from taming.artifact import load_artifact, load_state, save_artifact
+from taming.config import build_config
+from taming.types import Batch
+
+ARTIFACT_KIND = "ar_transformer"
+
+
+class ARModel(nn.Module):
+    """Codes and a condition in, logits of every code out."""
+
+    def __init__(self, config: ARModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.condition = build_condition(
+            config.condition, width=config.transformer.width, downsample_factor=config.downsample_factor
+        )
+        self.transformer = build_transformer(
+            config.transformer,
+            vocabulary_size=config.vocabulary_size,
+            grid=config.grid,
+            prefix_length=self.condition.prefix_length(config.grid),
+        )
+        self.condition.attach(self.transformer.token_embedding)
+
+    def forward(self, codes: Tensor, batch: Batch) -> Tensor:
+        """Teacher forcing: codes (B, h, w) int64 and their batch of conditions -> logits (B, h * w, V)."""
+        grid: Grid = (codes.shape[1], codes.shape[2])
+        logits: Tensor = self.transformer(
+            codes.flatten(1), self.condition({**batch, "codes": codes}, grid), grid
+        )
+        return logits
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, subfolder: str = "") -> ARModel:
+        """Load what `save_pretrained` wrote, in eval mode. Raises ArtifactError."""
+        values, state = load_artifact(source, ARTIFACT_KIND, subfolder=subfolder)
+        model = cls(build_config(ARModelConfig, values, source=f"config of {source}"))
+        load_state(model, state, source=source)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_artifact(folder, ARTIFACT_KIND, self.config, self.state_dict())

@@ -1,0 +1,132 @@
+"""A training run of stage two, from its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stage1_vq import VQModel
+from stage2_ar.codes import CodeDataset
+from stage2_ar.conditions.config import ClassConditionConfig, SegmentationConditionConfig
+from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
+from stage2_ar.model import ARModel
+from stage2_ar.task import ARTask, model_config
+from taming.data.dataset import PictureDataset, open_dataset
+from taming.errors import UserError
+from taming.training.loop import RunResult, run_training
+from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
+
+
+def train(config: ARTrainConfig, run: Path, *, resume: str = "auto") -> RunResult:
+    """Train a transformer in the folder `run`. Raises UserError before any long work starts."""
+    tokenizer = load_tokenizer(config)
+    train_data, validation_data = open_splits(config)
+    check(config, train_data)
+    return run_training(
+        lambda: ARTask(config, tokenizer, train_data.size),
+        config,
+        config.training,
+        train_data,
+        validation_data,
+        run=run,
+        resume=resume,
+    )
+
+
+def load_tokenizer(config: ARTrainConfig) -> VQModel:
+    """The tokenizer of a config. Raises UserError where none is named, or not the one of the codes."""
+    if not isinstance(config.data, CodesDataConfig):
+        if config.tokenizer is None:
+            raise UserError(
+                "tokenizer is missing: pictures need one to become codes; set -o tokenizer=RUN_OF_STAGE_ONE, or "
+                "train on the codes that `taming vq encode` writes (data.kind=codes)"
+            )
+        return VQModel.from_pretrained(config.tokenizer)
+    tokenizer = VQModel.from_pretrained(config.tokenizer or config.data.root / "tokenizer")
+    made_by = CodeDataset(config.data.root, "train").index.tokenizer_hash
+    if tokenizer.content_hash() != made_by:
+        raise UserError(
+            f"the codes in {config.data.root} were made by the tokenizer {made_by[:12]}, not by "
+            f"{tokenizer.content_hash()[:12]}; leave tokenizer out, or encode again with `taming vq encode`"
+        )
+    return tokenizer
+
+
+def open_splits(config: ARTrainConfig) -> tuple[PictureDataset, PictureDataset]:
+    """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
+    if isinstance(config.data, CodesDataConfig):
+        return CodeDataset(config.data.root, "train"), CodeDataset(config.data.root, "validation")
+    splits = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
+    if not len(splits[1]):
+        raise UserError(
+            "no validation pictures are left; raise data.validation_fraction, or give more pictures"
+        )
+    return splits
+
+
+def check(config: ARTrainConfig, data: PictureDataset) -> None:
+    """Whether the data has what the condition needs. Raises UserError."""
+    match config.condition:
+        case ClassConditionConfig(num_classes=count):
+            if "label" not in data.provides:
+                raise UserError(
+                    "condition.kind=class needs class labels, and the data has none; put pictures into a "
+                    "sub-folder a class and set data.class_labels=true"
+                )
+            if data.num_classes > count:
+                raise UserError(
+                    f"the data has {data.num_classes} classes, but condition.num_classes is {count}; "
+                    f"set condition.num_classes={data.num_classes}"
+                )
+        case SegmentationConditionConfig(num_labels=count):
+            if "segmentation" not in data.provides:
+                raise UserError(
+                    "condition.kind=segmentation needs label maps, and the data has none; set data.segmentation "
+                    "to their folder and data.num_labels"
+                )
+            if data.num_labels > count:
+                raise UserError(
+                    f"the data has {data.num_labels} labels, but condition.num_labels is {count}; "
+                    f"set condition.num_labels={data.num_labels}"
+                )
+
+
+def describe(config: ARTrainConfig) -> dict[str, str]:
+    """What a config amounts to: sizes, parameters, memory. Opens the tokenizer, not the pictures."""
+    tokenizer = load_tokenizer(config)
+    if isinstance(config.data, CodesDataConfig):
+        size = CodeDataset(config.data.root, "train").size
+    else:
+        size = config.data.height_width
+    values, training = model_config(config, tokenizer, size), config.training
+    height, width = values.grid
+    with torch.device("meta"):
+        model = ARModel(values)
+    prefix = model.condition.prefix_length(values.grid)
+    state = state_bytes(model, ema=training.ema_decay is not None)
+    # Layers are alike: one and two of them, for one picture, tell what all keep.
+    one, two = (_saved_by(values, layers, size) for layers in (1, 2))
+    micro_batch = max(training.batch_size // training.accumulation, 1)
+    activations = micro_batch * (one + (values.transformer.layers - 1) * (two - one))
+    return {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "picture": f"{size[0]}x{size[1]}",
+        "latent grid": f"{height}x{width} (f{values.downsample_factor})",
+        "sequence length": f"{prefix + height * width - 1}: {prefix} of the condition, {height * width} codes "
+        f"of {values.vocabulary_size}",
+        "batch": f"{training.batch_size} pictures a step in {training.accumulation} micro-batch(es)",
+        "memory in fp32": f"about {format_bytes(state + activations)}: {format_bytes(state)} weights and "
+        f"optimiser, {format_bytes(activations)} activations; about half of the latter in bf16",
+    }
+
+
+def _saved_by(values: ARModelConfig, layers: int, size: tuple[int, int]) -> int:
+    """Bytes that a model of so many layers keeps for the backward pass of one picture."""
+    transformer = values.transformer.model_copy(update={"layers": layers})
+    model = ARModel(values.model_copy(update={"transformer": transformer}))
+    maps = torch.zeros(1, *size, dtype=torch.int64)
+    batch = {"segmentation": maps, "label": maps[:, 0, 0]}
+    return saved_bytes(
+        lambda: model(torch.zeros(1, *values.grid, dtype=torch.int64), batch), parameter_storages(model)
+    )

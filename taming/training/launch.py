@@ -1,0 +1,40 @@
+"""What every `train` command does around the loop: the run's folder, and the dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from taming.config import Config, read_yaml, shipped_configs
+from taming.training.config import TrainingConfig
+
+
+def run_folder(training: TrainingConfig, source: str) -> Path:
+    """training.output, or runs/NAME for the config NAME."""
+    return training.output or Path("runs") / Path(source).stem
+
+
+def print_dry_run(config: Config, facts: dict[str, str], console: Console) -> None:
+    """The resolved config as YAML, and a table of what it amounts to."""
+    console.print(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip(),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console.print()
+    console.print(table)
+
+
+def print_configs(group: str, console: Console) -> None:
+    """The shipped configs of a group with a line each."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, path in shipped_configs(group).items():
+        table.add_row(name, str(read_yaml(path).get("description", "")))
+    console.print(table)
