@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -26,7 +26,7 @@ Grid = tuple[int, int]
 class Condition(nn.Module, ABC):
     """Turns a batch into a `Prefix`; in training mode it is replaced by null at random."""
 
-    keys: Mapping[str, str] = {}
+    keys: ClassVar[Mapping[str, str]] = {}
     """User's name of each condition -> key of the batch ("class" -> "label")."""
 
     def __init__(self, dropout: float = 0.0) -> None:

@@ -8,6 +8,9 @@ Axes: B samples, H W pixels, h w cells, f downsample factor, C hidden channels, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from taming.types import Batch, Prefix
 class SegmentationCondition(Condition):
     """Features added to each cell's input ("aligned"), or as h * w positions before the codes ("prefix")."""
 
-    keys = {"segmentation": "segmentation"}  # noqa: RUF012
+    keys: ClassVar[Mapping[str, str]] = {"segmentation": "segmentation"}
 
     def __init__(self, config: SegmentationConditionConfig, *, width: int, downsample_factor: int) -> None:
         super().__init__(config.dropout)
