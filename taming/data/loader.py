@@ -115,6 +115,7 @@ def _load(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4,
+        collate_fn=_as_it_is,  # torch's own would turn the tuples in a batch into lists
     )
     return _unwrap(loader)
 
@@ -144,6 +145,10 @@ class _Plan:
 
     def __iter__(self) -> Iterator[Sequence[Slot]]:
         return self.plan
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _unwrap(loader: DataLoader[Any]) -> Iterator[Batch]:

@@ -1,0 +1,85 @@
+"""DATA on a command line: a folder, a config file or the word "scenes"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taming.config import Config, build_config, parse_override, read_yaml, set_value
+from taming.data.config import DataConfig, FolderDataConfig, ScenesDataConfig
+from taming.data.dataset import PictureDataset, open_dataset
+from taming.errors import DataError
+
+
+class _Source(Config):
+    data: DataConfig
+
+
+def data_from(
+    source: str, *, size: tuple[int, int] | int, overrides: Sequence[str] = ()
+) -> FolderDataConfig | ScenesDataConfig:
+    """The data config that a user means by `source`.
+
+    A folder of pictures; a YAML file whose section `data` is taken (a run's config.yaml, say); or "scenes".
+    `size` is used where the source does not say one; `overrides` are "key=value" of the data section.
+    Raises UserError.
+    """
+    path = Path(source)
+    values: dict[str, Any]
+    if source == "scenes":
+        values = {"kind": "scenes"}
+    elif path.is_dir():
+        values = {"kind": "folder", "root": source}
+    elif path.is_file() and path.suffix in (".yaml", ".yml"):
+        section = read_yaml(path).get("data")
+        if not isinstance(section, dict):
+            raise DataError(f"{source} has no section `data`; give a folder of pictures or a training config")
+        values = dict(section)
+    else:
+        raise DataError(f"no data at {source!r}: give a folder of pictures, a training config, or `scenes`")
+    values.setdefault("size", size if isinstance(size, int) else list(size))
+    document = {"data": values}
+    for override in overrides:
+        key, value = parse_override(override)
+        set_value(document, f"data.{key.removeprefix('data.')}", value)
+    return build_config(_Source, document, source=source).data
+
+
+class AllSplits(PictureDataset):
+    """Both splits of a data set, one after the other: for measuring on everything."""
+
+    def __init__(self, parts: Sequence[PictureDataset]) -> None:
+        self.parts = [part for part in parts if len(part)]
+        first = parts[0]
+        self.size, self.provides = first.size, first.provides
+        self.class_names, self.num_labels = first.class_names, first.num_labels
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
+        for part in self.parts:
+            if index < len(part):
+                return part.sample(index, epoch, seed=seed)
+            index -= len(part)
+        raise IndexError(index)
+
+    def fingerprint(self) -> str:
+        return "/".join(part.fingerprint() for part in self.parts)
+
+
+def open_split(config: FolderDataConfig | ScenesDataConfig, split: str) -> PictureDataset:
+    """The split "train", "validation" or "all" of a data set. Raises UserError.
+
+    "all" of the scenes is their validation split: their training split has no end.
+    """
+    match split:
+        case "train" | "validation":
+            return open_dataset(config, split)
+        case "all":
+            if isinstance(config, ScenesDataConfig):
+                return open_dataset(config, "validation")
+            return AllSplits([open_dataset(config, "train"), open_dataset(config, "validation")])
+        case _:
+            raise DataError(f"no split {split!r}: choose all, train or validation")
