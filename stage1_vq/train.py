@@ -46,8 +46,8 @@ def open_splits(config: VQTrainConfig) -> tuple[PictureDataset, PictureDataset]:
     splits = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
     if not len(splits[1]):
         raise UserError(
-            "no validation pictures are left; raise data.validation_fraction (or data.num_validation), or give "
-            "more pictures"
+            "no validation pictures are left; raise data.validation_fraction (or "
+            "data.num_validation), or give more pictures"
         )
     return splits
 

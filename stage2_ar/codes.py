@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stage1_vq.codes import CodeIndex, Split, read_index, read_shards
 from taming.data.dataset import PictureDataset
+from taming.data.transforms import uniforms
 from taming.errors import DataError
 
 
@@ -53,8 +54,7 @@ class CodeDataset(PictureDataset):
         key = self.keys[index]
         view = 0
         if epoch >= 0 and self.index.views > 1:
-            digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
-            view = int.from_bytes(digest, "little") % self.index.views
+            view = int(uniforms(seed, epoch, key, 1)[0] * self.index.views)
         sample: dict[str, Any] = {"key": key}
         for name, values in self.columns.items():
             sample[name] = values[index] if name == "label" else values[index, view]

@@ -46,7 +46,7 @@ class ARPipeline:
         if model.config.tokenizer_hash != tokenizer.content_hash():
             raise ArtifactError(
                 f"the transformer was trained on the tokenizer {model.config.tokenizer_hash[:12]}, this one "
-                f"is {tokenizer.content_hash()[:12]}: its codes mean something else; use the tokenizer it was "
+                f"is {tokenizer.content_hash()[:12]}: its codes mean something else; use the one it was "
                 "saved with, or train the transformer on this one's codes"
             )
         self.model, self.tokenizer = model.eval(), tokenizer.eval()

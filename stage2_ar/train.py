@@ -39,8 +39,8 @@ def load_tokenizer(config: ARTrainConfig) -> VQModel:
     if not isinstance(config.data, CodesDataConfig):
         if config.tokenizer is None:
             raise UserError(
-                "tokenizer is missing: pictures need one to become codes; set -o tokenizer=RUN_OF_STAGE_ONE, or "
-                "train on the codes that `taming vq encode` writes (data.kind=codes)"
+                "tokenizer is missing: pictures need one to become codes; set -o tokenizer=RUN_OF_STAGE_ONE, "
+                "or train on the codes that `taming vq encode` writes (data.kind=codes)"
             )
         return VQModel.from_pretrained(config.tokenizer)
     tokenizer = VQModel.from_pretrained(config.tokenizer or config.data.root / "tokenizer")
@@ -82,8 +82,8 @@ def check(config: ARTrainConfig, data: PictureDataset) -> None:
         case SegmentationConditionConfig(num_labels=count):
             if "segmentation" not in data.provides:
                 raise UserError(
-                    "condition.kind=segmentation needs label maps, and the data has none; set data.segmentation "
-                    "to their folder and data.num_labels"
+                    "condition.kind=segmentation needs label maps, and the data has none; set "
+                    "data.segmentation to their folder and data.num_labels"
                 )
             if data.num_labels > count:
                 raise UserError(
@@ -113,8 +113,8 @@ def describe(config: ARTrainConfig) -> dict[str, str]:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "picture": f"{size[0]}x{size[1]}",
         "latent grid": f"{height}x{width} (f{values.downsample_factor})",
-        "sequence length": f"{prefix + height * width - 1}: {prefix} of the condition, {height * width} codes "
-        f"of {values.vocabulary_size}",
+        "sequence length": f"{prefix + height * width - 1}: {prefix} of the condition, {height * width} "
+        f"codes of {values.vocabulary_size}",
         "batch": f"{training.batch_size} pictures a step in {training.accumulation} micro-batch(es)",
         "memory in fp32": f"about {format_bytes(state + activations)}: {format_bytes(state)} weights and "
         f"optimiser, {format_bytes(activations)} activations; about half of the latter in bf16",

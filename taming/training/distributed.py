@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from taming.collective import sum_over_processes
+from taming.errors import UserError
 
 
 def native_bf16() -> bool:
@@ -37,3 +38,16 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set on any process; every process must call it."""
     value = torch.tensor([float(flag)], device=accelerator.device)
     return bool(sum_over_processes(value).item() > 0)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the fastest there is. Raises UserError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no device {name!r} on this machine ({reason}); use --device cpu") from None
+    return device

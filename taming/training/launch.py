@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from taming.config import Config, read_yaml, shipped_configs
 from taming.training.config import TrainingConfig
+from taming.training.loop import Interrupted, RunResult
 
 
 def run_folder(training: TrainingConfig, source: str) -> Path:
@@ -38,3 +41,14 @@ def print_configs(group: str, console: Console) -> None:
     for name, path in shipped_configs(group).items():
         table.add_row(name, str(read_yaml(path).get("description", "")))
     console.print(table)
+
+
+def report_run(run: Callable[[], RunResult]) -> None:
+    """Run a training, and say where its model is; after a signal, leave with the code 128 + its number."""
+    try:
+        result = run()
+    except Interrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        raise typer.Exit(interruption.exit_code) from None
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+    typer.echo(f"model in {result.model}  {figures}")

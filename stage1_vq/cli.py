@@ -1,0 +1,199 @@
+"""Stage one: train a codebook, and turn pictures into codes and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="A.B=VALUE", help="Set a key of the config.")
+]
+Model = Annotated[str, typer.Argument(help="A saved tokenizer: a folder, a run, or a hub id.")]
+Data = Annotated[str, typer.Argument(help="A folder of pictures, a training config, or `scenes`.")]
+Size = Annotated[str | None, typer.Option(help="Pixels: 64, or HxW as in 64x96; default: as trained.")]
+DataOption = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the data.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a name from `taming vq configs`.")],
+    override: Override = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option(help="Show the resolved config and its sizes; train nothing.")
+    ] = False,
+) -> None:
+    """Train a codebook on pictures."""
+    from rich.console import Console
+
+    from stage1_vq.config import VQTrainConfig
+    from taming.config import load_config
+    from taming.training.launch import print_dry_run, report_run, run_folder
+
+    values = load_config(VQTrainConfig, config, override or [], group="stage1")
+    from stage1_vq.train import describe, train
+
+    if dry_run:
+        print_dry_run(values, describe(values), Console())
+        return
+    report_run(lambda: train(values, run_folder(values.training, config), resume=resume))
+
+
+@app.command()
+def configs() -> None:
+    """List the shipped configs."""
+    from rich.console import Console
+
+    from taming.training.launch import print_configs
+
+    print_configs("stage1", Console())
+
+
+@app.command()
+def reconstruct(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the PNG files.")],
+    size: Annotated[str | None, typer.Option(help="Pixels: 64, or HxW; default: each picture's own.")] = None,
+    override: DataOption = None,
+    device: Device = None,
+) -> None:
+    """Paint pictures back from their codes: one PNG each, and picture over reconstruction in a sheet."""
+    import torch
+
+    from stage1_vq.evaluate import reconstruct
+    from stage1_vq.pictures import numbered_pictures
+    from taming.data.picture import save_png, tile
+    from taming.options import empty_folder, parse_size, progress_bar
+    from taming.training.distributed import pick_device
+
+    tokenizer, place = _load(model), pick_device(device)
+    tokenizer.to(place)
+    frame = None if size is None else parse_size(size)
+    pictures = numbered_pictures(data, frame, tokenizer.spec.downsample_factor, override or [])
+    empty_folder(out)
+    shown: list[torch.Tensor] = []
+    done = 0
+    with progress_bar("reconstruct") as report:
+        for done, (total, key, image) in enumerate(pictures, 1):
+            _, painted = reconstruct(tokenizer, image[None].to(place))
+            save_png(painted[0], out / f"{key}.png")
+            if len(shown) < 16 and (not shown or shown[0].shape == image.shape):
+                shown += [image, painted[0].cpu()]
+            report(done, total)
+    sheet = torch.stack(shown[0::2] + shown[1::2])
+    save_png(tile(sheet, columns=len(shown) // 2), out / "sheet.png")
+    typer.echo(f"{done} reconstructions in {out}; {out / 'sheet.png'} shows pictures over reconstructions")
+
+
+@app.command()
+def encode(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the codes.")],
+    size: Size = None,
+    views: Annotated[
+        int, typer.Option(min=1, help="Crops and flips of each picture; the first is centred.")
+    ] = 1,
+    override: DataOption = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """Write the codes of a data set, for stage two and for others to read."""
+    from stage1_vq.codes import write_codes
+    from taming.data.dataset import open_dataset
+    from taming.options import progress_bar
+    from taming.training.distributed import pick_device
+
+    tokenizer = _load(model)
+    config = _data(data, size, tokenizer, override)
+    datasets: Any = {split: open_dataset(config, split) for split in ("train", "validation")}
+    datasets = {split: dataset for split, dataset in datasets.items() if len(dataset)}
+    total = views * sum(map(len, datasets.values()))
+    with progress_bar("encode") as report:
+        index = write_codes(
+            tokenizer,
+            datasets,
+            out,
+            views=views,
+            batch_size=batch_size,
+            device=pick_device(device),
+            progress=lambda done: report(done, total),
+        )
+    counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items())
+    height, width = index.grid
+    typer.echo(f"{counts} pictures x {views} view(s) as {height}x{width} codes in {out}")
+    typer.echo(f"train on them with: taming ar train CONFIG -o data.kind=codes -o data.root={out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and pictures.csv.")] = None,
+    split: Annotated[str, typer.Option(help="all, train or validation.")] = "all",
+    size: Size = None,
+    override: DataOption = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """Measure how well pictures survive: PSNR, L1, code usage, perplexity."""
+    import csv
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from stage1_vq.evaluate import evaluate_tokenizer
+    from taming.data.source import open_split
+    from taming.options import progress_bar
+    from taming.training.distributed import pick_device
+
+    tokenizer = _load(model)
+    dataset = open_split(_data(data, size, tokenizer, override), split)
+    with progress_bar("eval") as report:
+        result = evaluate_tokenizer(
+            tokenizer, dataset, batch_size=batch_size, device=pick_device(device), progress=report
+        )
+    facts: dict[str, Any] = {
+        **result.figures,
+        "split": split,
+        "size": list(dataset.size),
+        "resize": "shorter side, bicubic, antialiased",
+        "crop": "centre",
+        "codebook_size": tokenizer.spec.codebook_size,
+        "tokenizer_hash": tokenizer.content_hash(),
+    }
+    table = Table("figure", "value", title=f"{model} on {data}", title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        with (out / "pictures.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("key", "psnr", "l1"))
+            writer.writerows(result.pictures)
+
+
+def _load(source: str) -> Any:
+    from stage1_vq import VQModel
+
+    return VQModel.from_pretrained(source)
+
+
+def _data(data: str, size: str | None, tokenizer: Any, overrides: list[str] | None) -> Any:
+    from taming.data.source import data_from
+    from taming.options import parse_size
+
+    trained = tokenizer.config.resolution
+    return data_from(data, size=trained if size is None else parse_size(size), overrides=overrides or [])

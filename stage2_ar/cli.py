@@ -1,0 +1,199 @@
+"""Stage two: train a transformer on codes, and sample pictures from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="A.B=VALUE", help="Set a key of the config.")
+]
+Model = Annotated[str, typer.Argument(help="A saved pipeline: a folder, a run, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a name from `taming ar configs`.")],
+    override: Override = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option(help="Show the resolved config and its sizes; train nothing.")
+    ] = False,
+) -> None:
+    """Train a transformer on the codes of pictures."""
+    from rich.console import Console
+
+    from stage2_ar.config import ARTrainConfig
+    from taming.config import load_config
+    from taming.training.launch import print_dry_run, report_run, run_folder
+
+    values = load_config(ARTrainConfig, config, override or [], group="stage2")
+    from stage2_ar.train import describe, train
+
+    if dry_run:
+        print_dry_run(values, describe(values), Console())
+        return
+    report_run(lambda: train(values, run_folder(values.training, config), resume=resume))
+
+
+@app.command()
+def configs() -> None:
+    """List the shipped configs."""
+    from rich.console import Console
+
+    from taming.training.launch import print_configs
+
+    print_configs("stage2", Console())
+
+
+@app.command()
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the PNG files.")],
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", help="Class to paint; may be repeated.")
+    ] = None,
+    segmentation: Annotated[
+        list[Path] | None, typer.Option(help="Label map (PNG) to paint after; may be repeated.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels: 256, or HxW; default: as trained, or the map's.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Pictures of each condition.")] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Below 1: more probable, less varied.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable codes.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the most probable codes of this mass.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Above 1: closer to the condition.")] = 1.0,
+    greedy: Annotated[bool, typer.Option(help="Always the most probable code.")] = False,
+    window_stride: Annotated[
+        int,
+        typer.Option(min=1, help="Cells that the window of a large picture moves at once; 1 as published."),
+    ] = 1,
+    schedule: Annotated[str, typer.Option(help="serial, or wavefront: several rows at once.")] = "serial",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 16,
+    bf16: Annotated[
+        bool, typer.Option(help="Half-precision transformer: faster, not quite the same codes.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Paint pictures: PNG files, each with its settings in a JSON beside it, and a sheet."""
+    import json
+
+    import torch
+
+    from stage2_ar import ARPipeline
+    from taming.data.picture import save_png, tile
+    from taming.errors import UserError
+    from taming.options import empty_folder, parse_size, progress_bar
+    from taming.training.distributed import pick_device
+
+    if schedule not in ("serial", "wavefront"):
+        raise UserError(f"--schedule {schedule!r}: choose serial or wavefront")
+    pipe = ARPipeline.from_pretrained(model).to(pick_device(device), torch.bfloat16 if bf16 else None)
+    frame = None if size is None else parse_size(size)
+    conditions: dict[str, Any] = {}
+    if classes:
+        conditions["class"] = torch.tensor(classes)
+    if segmentation:
+        from stage2_ar.maps import read_maps
+
+        conditions["segmentation"] = read_maps(segmentation, frame, pipe.model.config.downsample_factor)
+        frame = tuple(conditions["segmentation"].shape[1:])
+    height, width = frame or (None, None)
+    settings = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "greedy": greedy,
+        "window_stride": window_stride,
+        "schedule": schedule,
+    }
+    pipe.model.condition.read(conditions)  # before the folder is made
+    empty_folder(out)
+    with progress_bar("sample") as report:
+        result = pipe(
+            conditions,
+            height=height,
+            width=width,
+            num_images=num,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance,
+            seed=seed,
+            greedy=greedy,
+            schedule=schedule,  # type: ignore[arg-type]
+            window_stride=window_stride,
+            batch_size=batch_size,
+            progress=report,
+        )
+    for number, image in enumerate(result.images):
+        save_png(image, out / f"{number:04d}.png")
+        row = number // num
+        said: dict[str, Any] = {}
+        if classes:
+            said["class"] = classes[row]
+        if segmentation:
+            said["segmentation"] = str(segmentation[row])
+        facts = {
+            "model": model,
+            "conditions": said,
+            "picture": number,
+            "height": image.shape[1],
+            "width": image.shape[2],
+            "precision": "bf16" if bf16 else "fp32",
+            **settings,
+        }
+        (out / f"{number:04d}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    save_png(tile(result.images.cpu(), columns=num), out / "sheet.png")
+    typer.echo(f"{len(result.images)} pictures in {out}, a row a condition in {out / 'sheet.png'}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A folder of pictures, a training config, or `scenes`.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json.")] = None,
+    split: Annotated[str, typer.Option(help="all, train or validation.")] = "all",
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the data.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 16,
+    device: Device = None,
+) -> None:
+    """Measure how probable pictures are to the transformer: nats and bits a code, bits a pixel."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from stage2_ar import ARPipeline
+    from stage2_ar.evaluate import evaluate_pipeline
+    from taming.data.source import data_from, open_split
+    from taming.options import progress_bar
+    from taming.training.distributed import pick_device
+
+    pipe = ARPipeline.from_pretrained(model).to(pick_device(device))
+    config = pipe.model.config
+    trained = config.grid[0] * config.downsample_factor, config.grid[1] * config.downsample_factor
+    dataset = open_split(data_from(data, size=trained, overrides=override or []), split)
+    with progress_bar("eval") as report:
+        figures = evaluate_pipeline(pipe, dataset, batch_size=batch_size, progress=report)
+    facts = {**figures, "split": split, "size": list(dataset.size), "tokenizer_hash": config.tokenizer_hash}
+    table = Table("figure", "value", title=f"{model} on {data}", title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
