@@ -54,7 +54,9 @@ class VQTask:
                     f"the perceptual loss looks at 1 or 3 channels, not {config.model.in_channels}; "
                     "set loss.perceptual_weight=0"
                 )
-            self.perceptual = PerceptualDistance(config.loss.vgg_weights)
+            self.perceptual = PerceptualDistance(
+                config.loss.vgg_weights, follow_autocast=config.loss.perceptual_precision == "run"
+            )
         decay = config.training.ema_decay
         self.ema = Ema(self.model, decay) if decay is not None else None
 

@@ -121,8 +121,11 @@ class _RecomputedConv(torch.autograd.Function):
         del prepared
         grad_x = grad_norm_weight = grad_norm_bias = None
         if normalised is not None:
-            grad_norm = torch.ops.aten.silu_backward(grad_prepared, normalised)
-            del normalised, grad_prepared
+            # In place: a fresh large tensor costs more than the arithmetic (page faults).
+            grad_norm = torch.ops.aten.silu_backward.grad_input(
+                grad_prepared, normalised, grad_input=grad_prepared
+            )
+            del normalised
             grad_x, grad_norm_weight, grad_norm_bias = norm_backward(
                 grad_norm, x, norm_weight, mean, rstd, ctx.norm[0]
             )

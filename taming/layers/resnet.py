@@ -38,7 +38,8 @@ class ResidualBlock(nn.Module):
             h = self.conv2(F.dropout(group_norm_silu(h, self.norm2, recompute=self.recompute), self.dropout))
         else:
             h = norm_silu_conv(h, self.norm2, self.conv2, recompute=self.recompute)
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        # In place: no layer keeps its own output, and a fresh large tensor costs page faults.
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class Downsample(nn.Module):

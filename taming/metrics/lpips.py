@@ -15,20 +15,24 @@ from typing import Any
 
 import lpips
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from taming.errors import UserError
 
 VGG16_FILE = "vgg16-397923af.pth"
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
 
+ELEMENTS_PER_BLOCK = 1 << 19
+"""2 MiB in fp32: the passes over a block stay in the cache."""
+
 
 class PerceptualDistance(nn.Module):
     """Distance () of two batches (B, 3 or 1, H, W) in [-1, 1], mean over the batch; 0 for equal ones.
 
-    Gradient reaches the first argument only. The features are computed in fp32, or in bf16 where autocast
-    is on and `follow_autocast`; their comparison always in fp32.
+    Gradient reaches the first argument only. Features follow autocast (their weights stay fp32), unless
+    `follow_autocast` is off; they are compared in fp32.
     `vgg_weights` is a file of torchvision's VGG16 (null: torchvision's cache, or its download).
     `random_weights` is for benchmarks and tests: the same work, no meaning.
     Raises UserError where the weights cannot be had.
@@ -39,7 +43,7 @@ class PerceptualDistance(nn.Module):
         vgg_weights: str | Path | None = None,
         *,
         random_weights: bool = False,
-        follow_autocast: bool = False,
+        follow_autocast: bool = True,
     ) -> None:
         super().__init__()
         self.follow_autocast = follow_autocast
@@ -68,7 +72,7 @@ class PerceptualDistance(nn.Module):
             found = self._features(images)
         distance = torch.zeros((), device=images.device)
         for a, b, weight in zip(found, wanted, self.weights, strict=True):
-            distance = distance + _layer_distance(a.float(), b.float(), weight)
+            distance = distance + _LayerDistance.apply(a, b, weight)
         return distance
 
     def _features(self, images: Tensor) -> list[Tensor]:
@@ -80,12 +84,45 @@ class PerceptualDistance(nn.Module):
         return features
 
 
-def _layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Mean over pictures and places of sum_c w_c (a_c / |a| - b_c / |b|)^2."""
-    # vector_norm has a gradient at zero (a place where no feature fires), which sqrt has not.
-    a = a / (torch.linalg.vector_norm(a, dim=1, keepdim=True) + 1e-10)
-    b = b / (torch.linalg.vector_norm(b, dim=1, keepdim=True) + 1e-10)
-    return F.conv2d((a - b).square(), weight).mean()
+class _LayerDistance(torch.autograd.Function):
+    """Mean over pictures and places of sum_c w_c (a_c / |a| - b_c / |b|)^2, (); gradient for a only.
+
+    Value and gradient are found together, in fp32, a block of places at a time: a dozen elementwise passes
+    over the largest features would otherwise cost as much as the convolutions that made them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        rows_a, rows_b = (rearrange(t, "b c h w -> (b h w) c") for t in (a, b))
+        weight = weight.flatten()
+        places, channels = rows_a.shape
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(rows_a) if wanted else rows_a[:0]
+        total = torch.zeros((), device=a.device)
+        block = max(1, ELEMENTS_PER_BLOCK // channels)
+        for start in range(0, places, block):
+            part, other = rows_a[start : start + block].float(), rows_b[start : start + block].float()
+            norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+            length = norm + 1e-10
+            unit = part / length
+            difference = unit - other / (torch.linalg.vector_norm(other, dim=1, keepdim=True) + 1e-10)
+            weighted = difference * weight
+            total += (weighted * difference).sum()
+            if wanted:
+                # d unit / d part = (I - unit part^T / |part|) / length; 0 where no feature fires.
+                along = (weighted * part).sum(1, keepdim=True) / norm.clamp(min=1e-30)
+                gradient[start : start + block] = (weighted - unit * along) * (2 / places / length)
+        ctx.save_for_backward(gradient)
+        ctx.shape = a.shape
+        return total / places
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        batch, _, height, width = ctx.shape
+        gradient = gradient * grad.to(gradient.dtype)
+        return rearrange(gradient, "(b h w) c -> b c h w", b=batch, h=height, w=width), None, None
 
 
 def _build_lpips() -> nn.Module:
