@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from taming.data.dataset import PictureDataset
@@ -115,6 +116,9 @@ def _load(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4,
+        # Without its own, the loader would draw from torch's global stream, and training would differ by
+        # the number of workers.
+        generator=torch.Generator(),
         collate_fn=_as_it_is,  # torch's own would turn the tuples in a batch into lists
     )
     return _unwrap(loader)

