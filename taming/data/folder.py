@@ -125,6 +125,17 @@ class FolderDataset(PictureDataset):
         return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """All pictures below a folder, in the order of their names. Raises DataError where there are none."""
+    paths, others = _scan(folder)
+    if not paths:
+        raise DataError(
+            f"there are no pictures in {folder} ({others} other files); pictures end in"
+            f" {', '.join(sorted(SUFFIXES))}"
+        )
+    return paths
+
+
 def _map_kinds(config: FolderDataConfig) -> list[MapKind]:
     kinds: tuple[MapKind, ...] = ("segmentation", "depth", "condition_image")
     return [kind for kind in kinds if getattr(config, kind) is not None]
@@ -181,15 +192,9 @@ def _key(path: Path, folder: Path) -> str:
 
 
 def _scan_pictures(folder: Path) -> list[Entry]:
-    paths, others = _scan(folder)
-    if not paths:
-        raise DataError(
-            f"there are no pictures in {folder} ({others} other files); pictures end in"
-            f" {', '.join(sorted(SUFFIXES))}"
-        )
     entries: list[Entry] = []
     taken: dict[str, Path] = {}
-    for path in paths:
+    for path in list_pictures(folder):
         key = _key(path, folder)
         if key in taken:
             raise DataError(

@@ -14,6 +14,7 @@ from taming.config import build_config
 from taming.data.batch import validate_batch
 from taming.data.config import FolderDataConfig
 from taming.data.dataset import PictureDataset, open_dataset
+from taming.data.folder import list_pictures
 from taming.data.loader import evaluation_batches, train_batches
 from taming.errors import ConfigError, DataError
 
@@ -48,6 +49,7 @@ def test_a_flat_folder_in_the_order_of_names(tmp_path: Path) -> None:
     assert keys(dataset) == ["a", "b", "deep/er/c"]
     assert dataset.provides == {"image", "key"}
     assert dataset.num_classes == dataset.num_labels == 0
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.JPG", "b.png", "c.webp"]
     sample = dataset.sample(0, -1)
     assert sample["image"].shape == (3, 32, 32)
     assert sample["image"].dtype == torch.uint8
