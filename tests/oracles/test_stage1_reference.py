@@ -17,7 +17,7 @@ from stage1_vq.task import VQTask
 from taming.config import build_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference_checkpoint import load_reference
+from tests.reference_checkpoint import load_reference
 
 
 def model_config(published: dict) -> VQModelConfig:
