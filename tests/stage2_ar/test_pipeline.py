@@ -35,7 +35,9 @@ def test_pictures_of_one_condition_lie_side_by_side(pipe: ARPipeline) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 16)])
-def test_a_seed_means_one_picture_whatever_the_batch_and_the_schedule(pipe: ARPipeline, size: tuple[int, int]) -> None:
+def test_a_seed_means_one_picture_whatever_the_batch_and_the_schedule(
+    pipe: ARPipeline, size: tuple[int, int]
+) -> None:
     maps = torch.arange(2 * size[0] * size[1]).view(2, *size) % 5
     options: dict[str, Any] = {"height": size[0], "width": size[1], "num_images": 2, "seed": 3}
     whole = pipe({"segmentation": maps}, **options).codes
@@ -68,16 +70,21 @@ def test_log_likelihood_is_the_sum_over_the_pictures_codes(pipe: ARPipeline) -> 
     codes = pipe.tokenizer.encode(images)
     logits = pipe.model(codes, {"segmentation": MAPS})
     expected = [
-        sum(float(logits.detach()[b, n].log_softmax(-1)[codes.flatten(1)[b, n]]) for n in range(16)) for b in range(2)
+        sum(float(logits.detach()[b, n].log_softmax(-1)[codes.flatten(1)[b, n]]) for n in range(16))
+        for b in range(2)
     ]
     assert pipe.log_likelihood(images, {"segmentation": MAPS}).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("condition", [SEGMENTATION, CLASS, {"kind": "none"}], ids=lambda c: c["kind"])
 @pytest.mark.parametrize("kind", [{}, {"kind": "gpt"}], ids=["llama", "gpt"])
-def test_a_saved_pipeline_paints_the_same(tokenizer: VQModel, tmp_path: Path, condition: Any, kind: Any) -> None:
+def test_a_saved_pipeline_paints_the_same(
+    tokenizer: VQModel, tmp_path: Path, condition: Any, kind: Any
+) -> None:
     pipe = make_pipeline(tokenizer, condition, **kind)
-    given = {"segmentation": {"segmentation": MAPS}, "class": {"class": [0, 2]}, "none": {}}[condition["kind"]]
+    given = {"segmentation": {"segmentation": MAPS}, "class": {"class": [0, 2]}, "none": {}}[
+        condition["kind"]
+    ]
     pipe.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"transformer", "tokenizer"}
     assert {p.name for p in (tmp_path / "transformer").iterdir()} == {"config.json", "model.safetensors"}
@@ -103,11 +110,19 @@ def test_another_tokenizer_is_refused(pipe: ARPipeline, tmp_path: Path) -> None:
         ({"segmentation": MAPS[:, :4]}, {}, r"needs \(B, 8, 8\)"),
         ({"segmentation": MAPS + 1}, {}, "segmentation label 5 is not one of the 5"),
         ({"segmentation": MAPS.float()}, {}, "whole numbers"),
-        ({"segmentation": MAPS}, {"height": 9}, "height 9 is not a multiple of the downsample factor 2; use 8"),
+        (
+            {"segmentation": MAPS},
+            {"height": 9},
+            "height 9 is not a multiple of the downsample factor 2; use 8",
+        ),
         ({"segmentation": MAPS}, {"num_images": 0}, "num_images 0"),
         ({"segmentation": MAPS}, {"temperature": 0.0}, "temperature 0"),
         ({"segmentation": MAPS}, {"top_p": 1.5}, r"top_p 1\.5"),
-        ({"segmentation": MAPS}, {"known": (torch.zeros(1, 3, 4).long(), torch.ones(1, 3, 4).bool())}, "known codes"),
+        (
+            {"segmentation": MAPS},
+            {"known": (torch.zeros(1, 3, 4).long(), torch.ones(1, 3, 4).bool())},
+            "known codes",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(

@@ -1,0 +1,107 @@
+"""Codes on disk: what is written is what the tokenizer says, and damage is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stage1_vq import VQModel
+from stage1_vq.codes import read_index, read_shards, write_codes
+from stage2_ar.codes import CodeDataset
+from taming.data.batch import to_device
+from taming.data.config import ScenesDataConfig
+from taming.data.dataset import open_dataset
+from taming.data.loader import train_batches
+from taming.errors import DataError, UserError
+
+
+@pytest.fixture
+def folder(tokenizer: VQModel, tmp_path: Path) -> Path:
+    config = ScenesDataConfig(size=16, num_train=7, num_validation=3, flip=True)
+    splits = {split: open_dataset(config, split) for split in ("train", "validation")}
+    write_codes(tokenizer, splits, tmp_path / "codes", views=3, batch_size=2, shard_size=4)
+    return tmp_path / "codes"
+
+
+def test_stored_codes_are_those_of_the_pictures(folder: Path, tokenizer: VQModel) -> None:
+    scenes = open_dataset(ScenesDataConfig(size=16, num_train=7, num_validation=3), "train")
+    codes = CodeDataset(folder, "train")
+    assert len(codes) == 7
+    assert codes.size == (16, 16)
+    for row in range(7):
+        batch = to_device(scenes.batch([row], [-1]), "cpu")
+        sample = codes.sample(row, -1)
+        assert torch.equal(sample["codes"].long(), tokenizer.encode(batch["image"])[0])
+        assert torch.equal(sample["segmentation"].long(), batch["segmentation"][0])
+        assert sample["label"] == batch["label"][0]
+        assert sample["key"] == batch["key"][0]
+
+
+def test_each_view_keeps_its_map_and_epochs_go_through_views(folder: Path) -> None:
+    codes = CodeDataset(folder, "train")
+    shards = list(read_shards(folder, read_index(folder), "train"))
+    assert [len(entry["keys"]) for _, entry in shards] == [4, 3]
+    stored = torch.cat([tensors["segmentation"] for tensors, _ in shards])
+    seen = set()
+    for epoch in range(12):
+        shown = codes.sample(0, epoch)["segmentation"]
+        views = [view for view in range(3) if torch.equal(stored[0, view], shown)]
+        assert views
+        seen.add(views[0])
+        assert torch.equal(shown, codes.sample(0, epoch)["segmentation"])
+    flipped = torch.equal(stored[0, 0].flip(-1), stored[0, 1]) or torch.equal(
+        stored[0, 0].flip(-1), stored[0, 2]
+    )
+    assert len(seen) > 1 or not flipped
+
+
+def test_the_loader_reads_them_like_pictures(folder: Path) -> None:
+    batch = to_device(next(train_batches(CodeDataset(folder, "train"), batch_size=4, seed=0))[0], "cpu")
+    assert batch["codes"].dtype == torch.int64
+    assert batch["codes"].shape == (4, 8, 8)
+    assert batch["segmentation"].shape == (4, 16, 16)
+
+
+def test_the_folder_holds_its_tokenizer(folder: Path, tokenizer: VQModel) -> None:
+    assert read_index(folder).tokenizer_hash == tokenizer.content_hash()
+    assert VQModel.from_pretrained(folder / "tokenizer").content_hash() == tokenizer.content_hash()
+
+
+def test_a_folder_in_use_is_left_alone(tokenizer: VQModel, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        write_codes(
+            tokenizer, {"train": open_dataset(ScenesDataConfig(size=16, num_train=1), "train")}, tmp_path
+        )
+
+
+def test_damage_is_refused_by_name(folder: Path) -> None:
+    shard = folder / "train-00000.safetensors"
+    tensors = load_file(shard)
+    save_file({**tensors, "codes": tensors["codes"] + 16}, shard)
+    with pytest.raises(DataError, match=r"train-00000.*outside \[0, 16\)"):
+        CodeDataset(folder, "train")
+    save_file({**tensors, "codes": tensors["codes"][:1].clone()}, shard)
+    with pytest.raises(DataError, match="does not hold the 4 samples"):
+        CodeDataset(folder, "train")
+    shard.unlink()
+    with pytest.raises(DataError, match="not there"):
+        CodeDataset(folder, "train")
+
+
+def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder.parent / "elsewhere.safetensors").write_bytes((folder / "train-00000.safetensors").read_bytes())
+    index["splits"]["train"][0]["file"] = "../elsewhere.safetensors"
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="not there"):
+        CodeDataset(folder, "train")
+
+
+def test_what_is_no_folder_of_codes_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="taming vq encode"):
+        CodeDataset(tmp_path, "train")
