@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from stage1_vq import VQModel
+from stage1_vq.codes import read_index
 from stage2_ar.codes import CodeDataset
 from stage2_ar.conditions.config import ClassConditionConfig, SegmentationConditionConfig
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
@@ -43,8 +44,8 @@ def load_tokenizer(config: ARTrainConfig) -> VQModel:
                 "or train on the codes that `taming vq encode` writes (data.kind=codes)"
             )
         return VQModel.from_pretrained(config.tokenizer)
+    made_by = read_index(config.data.root).tokenizer_hash
     tokenizer = VQModel.from_pretrained(config.tokenizer or config.data.root / "tokenizer")
-    made_by = CodeDataset(config.data.root, "train").index.tokenizer_hash
     if tokenizer.content_hash() != made_by:
         raise UserError(
             f"the codes in {config.data.root} were made by the tokenizer {made_by[:12]}, not by "

@@ -29,8 +29,12 @@ def scenes(
     from rich.progress import track
 
     from taming.data.export import write_scenes
+    from taming.errors import UserError
+    from taming.options import parse_size
 
-    frame = _parse_size(size)
+    frame = parse_size(size)
+    if min(frame) < 16 or max(frame) > 4096:
+        raise UserError(f"--size {size} is outside of 16 to 4096 pixels; write --size 64 or --size 64x256")
     console = Console(stderr=True)
     written = write_scenes(out, num, size=frame, seed=seed, overwrite=overwrite)
     for _ in track(written, "scenes", total=num, console=console, disable=not console.is_terminal):
@@ -40,18 +44,6 @@ def scenes(
         f"train on them with: -o data.root={out} -o data.segmentation=segmentation"
         f" -o data.num_labels={_num_labels()}"
     )
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    from taming.errors import UserError
-
-    parts = text.lower().split("x")
-    if not (len(parts) in (1, 2) and all(part.isdecimal() for part in parts)):
-        raise UserError(f"--size {text!r} is neither a number nor HxW; write --size 64 or --size 64x256")
-    height, width = int(parts[0]), int(parts[-1])
-    if not (16 <= height <= 4096 and 16 <= width <= 4096):
-        raise UserError(f"--size {text} is outside of 16 to 4096 pixels; write --size 64 or --size 64x256")
-    return height, width
 
 
 def _num_labels() -> int:
