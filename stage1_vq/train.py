@@ -17,10 +17,19 @@ from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
 
-def train(config: VQTrainConfig, run: Path, *, resume: str = "auto") -> RunResult:
-    """Train a codebook in the folder `run`. Raises UserError before any long work starts."""
+def train(
+    config: VQTrainConfig,
+    run: Path,
+    *,
+    resume: str = "auto",
+    splits: tuple[PictureDataset, PictureDataset] | None = None,
+) -> RunResult:
+    """Train a codebook in the folder `run`. Raises UserError before any long work starts.
+
+    `splits` are the opened training and validation data, where the caller has them already.
+    """
     check(config)
-    train_data, validation_data = open_splits(config)
+    train_data, validation_data = splits or open_splits(config)
     return run_training(
         lambda: VQTask(config), config, config.training, train_data, validation_data, run=run, resume=resume
     )

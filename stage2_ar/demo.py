@@ -76,7 +76,9 @@ def run_demo(out: Path, *, minutes: float, console: Console) -> DemoFigures:
     assert isinstance(held_out, ScenesDataset)
     vq_training = _fit_time(vq_config.training, VQTask(vq_config), scenes, STAGE_ONE_SHARE * seconds)
     vq_config = _scaled_start(vq_config.model_copy(update={"training": vq_training}))
-    tokenizer = VQModel.from_pretrained(train_tokenizer(vq_config, out / "stage1").model)
+    tokenizer = VQModel.from_pretrained(
+        train_tokenizer(vq_config, out / "stage1", splits=(scenes, held_out)).model
+    )
     survival = evaluate_tokenizer(tokenizer, held_out, batch_size=32).figures
     write_codes(tokenizer, {"train": scenes, "validation": held_out}, out / "codes", batch_size=32)
 

@@ -19,10 +19,19 @@ from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
 
-def train(config: ARTrainConfig, run: Path, *, resume: str = "auto") -> RunResult:
-    """Train a transformer in the folder `run`. Raises UserError before any long work starts."""
+def train(
+    config: ARTrainConfig,
+    run: Path,
+    *,
+    resume: str = "auto",
+    splits: tuple[PictureDataset, PictureDataset] | None = None,
+) -> RunResult:
+    """Train a transformer in the folder `run`. Raises UserError before any long work starts.
+
+    `splits` are the opened training and validation data, where the caller has them already.
+    """
     tokenizer = load_tokenizer(config)
-    train_data, validation_data = open_splits(config)
+    train_data, validation_data = splits or open_splits(config)
     check(config, train_data)
     return run_training(
         lambda: ARTask(config, tokenizer, train_data.size),
