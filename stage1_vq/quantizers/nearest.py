@@ -18,7 +18,7 @@ from taming.collective import from_main_process, gather_rows, sum_over_processes
 from taming.config import Config
 from taming.types import QuantizerOutput
 
-SCORES_PER_CHUNK = 1 << 22
+LATENTS_PER_TILE, CODES_PER_TILE = 2048, 2048
 """Distances that the search holds at once: 16 MiB."""
 
 
@@ -138,17 +138,28 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     """Index (N,) of the code (K, D) nearest to each latent (N, D); the lower index on a tie.
 
     |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, and |z|^2 is the same for all codes. The (N, K) distances are never
-    held at once.
+    held at once: a tile of them is made, and its smallest kept, while it lies in the cache.
     """
     norms = codebook.square().sum(1)
-    rows = max(64, SCORES_PER_CHUNK // len(codebook))
-    transposed = codebook.t()
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    scores = torch.empty(min(rows, len(latents)), len(codebook), device=latents.device)
-    for start in range(0, len(latents), rows):
-        part = latents[start : start + rows]
-        torch.addmm(norms, part, transposed, alpha=-2, out=scores[: len(part)])
-        torch.argmin(scores[: len(part)], dim=1, out=indices[start : start + rows])
+    tile = torch.empty(LATENTS_PER_TILE * CODES_PER_TILE, device=latents.device)
+    for row in range(0, len(latents), LATENTS_PER_TILE):
+        part = latents[row : row + LATENTS_PER_TILE]
+        best = best_index = None
+        for first in range(0, len(codebook), CODES_PER_TILE):
+            codes = codebook[first : first + CODES_PER_TILE]
+            scores = tile[: len(part) * len(codes)].view(len(part), len(codes))
+            torch.addmm(norms[first : first + CODES_PER_TILE], part, codes.t(), alpha=-2, out=scores)
+            # min with indices is a third faster than argmin on a CPU.
+            smallest, index = scores.min(dim=1)
+            if best is None or best_index is None:
+                best, best_index = smallest, index
+            else:
+                closer = smallest < best
+                best = torch.where(closer, smallest, best)
+                best_index = torch.where(closer, index + first, best_index)
+        if best_index is not None:
+            indices[row : row + LATENTS_PER_TILE] = best_index
     return indices
 
 

@@ -94,8 +94,8 @@ def norm_backward(
 def affine_of(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The normalised tensor again, from the statistics that forward found, in the dtype of x."""
     per_group = weight.shape[0] // mean.shape[1]
-    scale = rstd.float().repeat_interleave(per_group, 1) * weight
-    shift = bias - mean.float().repeat_interleave(per_group, 1) * scale
+    scale = rstd.to(weight.dtype).repeat_interleave(per_group, 1) * weight
+    shift = bias - mean.to(weight.dtype).repeat_interleave(per_group, 1) * scale
     scale, shift = scale[..., None, None], shift[..., None, None]
     if x.dtype == scale.dtype:
         return torch.addcmul(shift, x, scale)
