@@ -7,44 +7,41 @@ from typing import Annotated, Any
 
 import typer
 
+from taming.options import (
+    BatchSize,
+    ConfigName,
+    Data,
+    DataOverride,
+    Device,
+    DryRun,
+    Override,
+    Resume,
+    Split,
+    empty_folder,
+    parse_size,
+    progress_bar,
+    show_figures,
+)
+
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
-Override = Annotated[
-    list[str] | None, typer.Option("--override", "-o", metavar="A.B=VALUE", help="Set a key of the config.")
-]
 Model = Annotated[str, typer.Argument(help="A saved tokenizer: a folder, a run, or a hub id.")]
-Data = Annotated[str, typer.Argument(help="A folder of pictures, a training config, or `scenes`.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 64, or HxW as in 64x96; default: as trained.")]
-DataOption = Annotated[
-    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the data.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a name from `taming vq configs`.")],
-    override: Override = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option(help="Show the resolved config and its sizes; train nothing.")
-    ] = False,
+    config: ConfigName, override: Override = None, resume: Resume = "auto", dry_run: DryRun = False
 ) -> None:
-    """Train a codebook on pictures."""
-    from rich.console import Console
-
+    """Train a codebook on pictures. `taming vq configs` lists the shipped configs."""
     from stage1_vq.config import VQTrainConfig
     from taming.config import load_config
-    from taming.training.launch import print_dry_run, report_run, run_folder
+    from taming.training.launch import train_or_describe
 
     values = load_config(VQTrainConfig, config, override or [], group="stage1")
     from stage1_vq.train import describe, train
 
-    if dry_run:
-        print_dry_run(values, describe(values), Console())
-        return
-    report_run(lambda: train(values, run_folder(values.training, config), resume=resume))
+    train_or_describe(train, describe, values, values.training, config, resume=resume, dry_run=dry_run)
 
 
 @app.command()
@@ -63,7 +60,7 @@ def reconstruct(
     data: Data,
     out: Annotated[Path, typer.Option(help="A new or empty folder for the PNG files.")],
     size: Annotated[str | None, typer.Option(help="Pixels: 64, or HxW; default: each picture's own.")] = None,
-    override: DataOption = None,
+    override: DataOverride = None,
     device: Device = None,
 ) -> None:
     """Paint pictures back from their codes: one PNG each, and picture over reconstruction in a sheet."""
@@ -72,7 +69,6 @@ def reconstruct(
     from stage1_vq.evaluate import reconstruct
     from stage1_vq.pictures import numbered_pictures
     from taming.data.picture import save_png, tile
-    from taming.options import empty_folder, parse_size, progress_bar
     from taming.training.distributed import pick_device
 
     tokenizer, place = _load(model), pick_device(device)
@@ -103,14 +99,13 @@ def encode(
     views: Annotated[
         int, typer.Option(min=1, help="Crops and flips of each picture; the first is centred.")
     ] = 1,
-    override: DataOption = None,
+    override: DataOverride = None,
     batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
     """Write the codes of a data set, for stage two and for others to read."""
     from stage1_vq.codes import write_codes
     from taming.data.dataset import open_dataset
-    from taming.options import progress_bar
     from taming.training.distributed import pick_device
 
     tokenizer = _load(model)
@@ -139,22 +134,17 @@ def evaluate(
     model: Model,
     data: Data,
     out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and pictures.csv.")] = None,
-    split: Annotated[str, typer.Option(help="all, train or validation.")] = "all",
+    split: Split = "all",
     size: Size = None,
-    override: DataOption = None,
+    override: DataOverride = None,
     batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
     """Measure how well pictures survive: PSNR, L1, code usage, perplexity."""
     import csv
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
 
     from stage1_vq.evaluate import evaluate_tokenizer
     from taming.data.source import open_split
-    from taming.options import progress_bar
     from taming.training.distributed import pick_device
 
     tokenizer = _load(model)
@@ -172,13 +162,8 @@ def evaluate(
         "codebook_size": tokenizer.spec.codebook_size,
         "tokenizer_hash": tokenizer.content_hash(),
     }
-    table = Table("figure", "value", title=f"{model} on {data}", title_justify="left")
-    for name, value in facts.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    show_figures(f"{model} on {data}", facts, out)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         with (out / "pictures.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("key", "psnr", "l1"))
@@ -193,7 +178,6 @@ def _load(source: str) -> Any:
 
 def _data(data: str, size: str | None, tokenizer: Any, overrides: list[str] | None) -> Any:
     from taming.data.source import data_from
-    from taming.options import parse_size
 
     trained = tokenizer.config.resolution
     return data_from(data, size=trained if size is None else parse_size(size), overrides=overrides or [])

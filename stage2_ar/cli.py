@@ -7,38 +7,40 @@ from typing import Annotated, Any
 
 import typer
 
+from taming.options import (
+    BatchSize,
+    ConfigName,
+    Data,
+    DataOverride,
+    Device,
+    DryRun,
+    Override,
+    Resume,
+    Split,
+    empty_folder,
+    parse_size,
+    progress_bar,
+    show_figures,
+)
+
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
-Override = Annotated[
-    list[str] | None, typer.Option("--override", "-o", metavar="A.B=VALUE", help="Set a key of the config.")
-]
 Model = Annotated[str, typer.Argument(help="A saved pipeline: a folder, a run, or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a name from `taming ar configs`.")],
-    override: Override = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option(help="Show the resolved config and its sizes; train nothing.")
-    ] = False,
+    config: ConfigName, override: Override = None, resume: Resume = "auto", dry_run: DryRun = False
 ) -> None:
-    """Train a transformer on the codes of pictures."""
-    from rich.console import Console
-
+    """Train a transformer on the codes of pictures. `taming ar configs` lists the shipped configs."""
     from stage2_ar.config import ARTrainConfig
     from taming.config import load_config
-    from taming.training.launch import print_dry_run, report_run, run_folder
+    from taming.training.launch import train_or_describe
 
     values = load_config(ARTrainConfig, config, override or [], group="stage2")
     from stage2_ar.train import describe, train
 
-    if dry_run:
-        print_dry_run(values, describe(values), Console())
-        return
-    report_run(lambda: train(values, run_folder(values.training, config), resume=resume))
+    train_or_describe(train, describe, values, values.training, config, resume=resume, dry_run=dry_run)
 
 
 @app.command()
@@ -78,7 +80,7 @@ def sample(
         typer.Option(min=1, help="Cells that the window of a large picture moves at once; 1 as published."),
     ] = 1,
     schedule: Annotated[str, typer.Option(help="serial, or wavefront: several rows at once.")] = "serial",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 16,
+    batch_size: BatchSize = 16,
     bf16: Annotated[
         bool, typer.Option(help="Half-precision transformer: faster, not quite the same codes.")
     ] = False,
@@ -92,7 +94,6 @@ def sample(
     from stage2_ar import ARPipeline
     from taming.data.picture import save_png, tile
     from taming.errors import UserError
-    from taming.options import empty_folder, parse_size, progress_bar
     from taming.training.distributed import pick_device
 
     if schedule not in ("serial", "wavefront"):
@@ -162,25 +163,17 @@ def sample(
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Argument(help="A folder of pictures, a training config, or `scenes`.")],
+    data: Data,
     out: Annotated[Path | None, typer.Option(help="Folder for metrics.json.")] = None,
-    split: Annotated[str, typer.Option(help="all, train or validation.")] = "all",
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the data.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 16,
+    split: Split = "all",
+    override: DataOverride = None,
+    batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
     """Measure how probable pictures are to the transformer: nats and bits a code, bits a pixel."""
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
     from stage2_ar import ARPipeline
     from stage2_ar.evaluate import evaluate_pipeline
     from taming.data.source import data_from, open_split
-    from taming.options import progress_bar
     from taming.training.distributed import pick_device
 
     pipe = ARPipeline.from_pretrained(model).to(pick_device(device))
@@ -190,10 +183,4 @@ def evaluate(
     with progress_bar("eval") as report:
         figures = evaluate_pipeline(pipe, dataset, batch_size=batch_size, progress=report)
     facts = {**figures, "split": split, "size": list(dataset.size), "tokenizer_hash": config.tokenizer_hash}
-    table = Table("figure", "value", title=f"{model} on {data}", title_justify="left")
-    for name, value in facts.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    show_figures(f"{model} on {data}", facts, out)

@@ -14,7 +14,16 @@ import typer
 
 app = typer.Typer(add_completion=False)
 
-PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lpips", "safetensors", "pillow", "webdataset")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "accelerate",
+    "transformers",
+    "lpips",
+    "safetensors",
+    "pillow",
+    "webdataset",
+)
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -34,7 +43,9 @@ class Finding:
 
 @app.command(help=__doc__)
 def doctor(
-    data: Annotated[str | None, typer.Option(help="Also open this folder of pictures, as training would.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Also open this folder of pictures, as training would.")
+    ] = None,
     size: Annotated[int, typer.Option(min=1, help="The crop that --data is checked for.")] = 64,
     out: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("runs"),
 ) -> None:
@@ -65,7 +76,8 @@ def _software() -> Iterator[Finding]:
         yield Finding(
             "torch and torchvision",
             "fails",
-            f"they do not fit together ({reason}); install both from one index: pip install -U torch torchvision",
+            f"they do not fit together ({reason}); "
+            "install both from one index: pip install -U torch torchvision",
         )
 
 

@@ -1,12 +1,31 @@
-"""What the commands of all groups share: sizes, progress. Light to import: help must stay quick."""
+"""What the commands of all groups share: options, sizes, progress. Light to import: help must stay quick."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from taming.errors import UserError
+
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")
+]
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="A.B=VALUE", help="Set a key of the config.")
+]
+DataOverride = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the data.")
+]
+Resume = Annotated[str, typer.Option(help="auto, never, or a checkpoint's folder.")]
+DryRun = Annotated[bool, typer.Option(help="Show the resolved config and its sizes; train nothing.")]
+Data = Annotated[str, typer.Argument(help="A folder of pictures, a training config, or `scenes`.")]
+Split = Annotated[str, typer.Option(help="all, train or validation.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -36,3 +55,19 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def show_figures(title: str, figures: Mapping[str, Any], out: Path | None) -> None:
+    """A table on the terminal and, where `out` is given, `out`/metrics.json."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", title=title, title_justify="left")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

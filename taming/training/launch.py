@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 import yaml
@@ -18,6 +19,32 @@ from taming.training.loop import Interrupted, RunResult
 def run_folder(training: TrainingConfig, source: str) -> Path:
     """training.output, or runs/NAME for the config NAME."""
     return training.output or Path("runs") / Path(source).stem
+
+
+def train_or_describe(
+    train: Callable[..., RunResult],
+    describe: Callable[[Any], dict[str, str]],
+    config: Config,
+    training: TrainingConfig,
+    source: str,
+    *,
+    resume: str,
+    dry_run: bool,
+) -> None:
+    """The body of a `train` command: a dry run, or a training that says where its model is.
+
+    After a signal it leaves with the code 128 + the signal's number.
+    """
+    if dry_run:
+        print_dry_run(config, describe(config), Console())
+        return
+    try:
+        result = train(config, run_folder(training, source), resume=resume)
+    except Interrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        raise typer.Exit(interruption.exit_code) from None
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+    typer.echo(f"model in {result.model}  {figures}")
 
 
 def print_dry_run(config: Config, facts: dict[str, str], console: Console) -> None:
@@ -41,14 +68,3 @@ def print_configs(group: str, console: Console) -> None:
     for name, path in shipped_configs(group).items():
         table.add_row(name, str(read_yaml(path).get("description", "")))
     console.print(table)
-
-
-def report_run(run: Callable[[], RunResult]) -> None:
-    """Run a training, and say where its model is; after a signal, leave with the code 128 + its number."""
-    try:
-        result = run()
-    except Interrupted as interruption:
-        typer.echo(str(interruption), err=True)
-        raise typer.Exit(interruption.exit_code) from None
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
-    typer.echo(f"model in {result.model}  {figures}")
