@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from taming.layers.position import Rotation, rotate
@@ -105,7 +106,7 @@ class CausalAttention(nn.Module):
         """x (B, T, D) -> (B, T, D), or (B, 1, D) where only the last position's answer is wanted."""
         query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = _head_norm(query, self.query_norm), _head_norm(key, self.key_norm)
         if attend.rotation is not None:
             query, key = rotate(query, attend.rotation), rotate(key, attend.rotation)
         if attend.cache is not None:
@@ -117,16 +118,21 @@ class CausalAttention(nn.Module):
         mask, causal = attend.mask, attend.causal
         if only_last:
             query, mask, causal = _last_query(query, mask, attend.last, key.shape[2])
-        out = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal and mask is None and query.shape[2] > 1,
-        )
+        dropout = self.dropout if self.training else 0.0
+        causal = causal and mask is None and query.shape[2] > 1
+        if causal and _short_bf16_training(query):
+            out = _causal_with_matrix(query, key, value, dropout)
+        else:
+            out = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
         projected: Tensor = self.proj(rearrange(out, "b h t c -> b t (h c)"))
         return projected
+
+
+def _head_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """RMSNorm in x's own type: under autocast a weight of another would leave the fused kernel."""
+    return functional.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def _last_query(
@@ -142,3 +148,26 @@ def _last_query(
     if mask is not None:
         seen = seen & mask.expand(query.shape[0], -1, -1, -1)[rows, :, last][:, :, None]
     return query[rows, :, last][:, :, None], seen, False
+
+
+def _short_bf16_training(query: Tensor) -> bool:
+    """Where torch's fused attention is slower than two products with the matrix held.
+
+    Its bf16 backward on a CPU takes 2.5 times as long at 256 positions, and as long at 512 (docs/log.md).
+    """
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.requires_grad
+        and query.shape[2] <= 384
+    )
+
+
+def _causal_with_matrix(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Causal attention of (B, H, T, C) by its matrix (B H, T, T)."""
+    batch, length, scale = query.shape[0], query.shape[2], query.shape[3] ** -0.5
+    query, key, value = (rearrange(x, "b h t c -> (b h) t c") for x in (query, key, value))
+    later = query.new_full((length, length), float("-inf")).triu(1)
+    weights = torch.baddbmm(later[None], query, key.transpose(1, 2), alpha=scale).softmax(dim=-1)
+    out = torch.bmm(functional.dropout(weights, dropout), value)
+    return rearrange(out, "(b h) t c -> b h t c", b=batch)

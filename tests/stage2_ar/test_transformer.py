@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig as TheirLlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from stage2_ar.attention import _causal_with_matrix
 from stage2_ar.transformer import (
     Block,
     Transformer,
@@ -268,3 +270,23 @@ def test_llama_parts_equal_transformers() -> None:
     mlp.down_proj.weight.data = block.mlp.get_parameter("down.weight").data
     x = torch.randn(2, 5, 16)
     torch.testing.assert_close(block.mlp(block.norm2(x)), mlp(norm(x)))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_bfloat16_training_computes_the_same_gradients(kind: str) -> None:
+    model, codes = small_transformer(kind), torch.randint(VOCABULARY, (4, 12))
+    gradients = []
+    for bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(codes, random_prefix(4))
+        next_code_loss(logits, codes).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    model.zero_grad()
+    assert float(functional.cosine_similarity(*gradients, dim=0)) > 0.98
+
+
+def test_attention_by_its_matrix_equals_the_fused_one() -> None:
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    fused = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(_causal_with_matrix(query, key, value, 0.0), fused)
