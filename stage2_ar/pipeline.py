@@ -16,10 +16,11 @@ from torch import Tensor
 
 from stage1_vq import VQModel
 from stage2_ar.conditions import crop_prefix
+from stage2_ar.inference import for_inference
 from stage2_ar.model import ARModel
 from stage2_ar.sampling import Known, SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.sliding_window import Schedule, sample_sliding
-from stage2_ar.transformer import Grid, code_log_likelihood
+from stage2_ar.transformer import Grid, Transformer, code_log_likelihood
 from taming.artifact import push_artifact
 from taming.errors import ArtifactError, UserError
 from taming.types import Batch, Prefix
@@ -50,6 +51,7 @@ class ARPipeline:
                 "saved with, or train the transformer on this one's codes"
             )
         self.model, self.tokenizer = model.eval(), tokenizer.eval()
+        self._prepared: tuple[int, Transformer] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +61,7 @@ class ARPipeline:
         """Move everything to a device; `dtype` (torch.bfloat16, say) is for the transformer alone."""
         self.model.to(device=device, dtype=dtype)
         self.tokenizer.to(device=device)
+        self._prepared = None
         return self
 
     @torch.no_grad()
@@ -170,7 +173,8 @@ class ARPipeline:
         stride: int,
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
-        transformer, window = self.model.transformer, self.model.config.grid
+        rows = len(uniforms) * (1 if null is None else 2)
+        transformer, window = self._for_sampling(rows), self.model.config.grid
         if grid[0] <= window[0] and grid[1] <= window[1]:
             return sample_codes(
                 transformer, prefix, null, grid, uniforms, settings, known=known, progress=progress
@@ -188,6 +192,13 @@ class ARPipeline:
             stride=stride,
             progress=progress,
         )
+
+    def _for_sampling(self, rows: int) -> Transformer:
+        """The transformer as it decodes fastest; the copy for one number of rows is kept."""
+        if self._prepared is None or self._prepared[0] != rows:
+            transformer = self.model.transformer
+            self._prepared = rows, for_inference(transformer, transformer.token_embedding.weight.dtype, rows)
+        return self._prepared[1]
 
     def _grid(self, height: int | None, width: int | None) -> Grid:
         factor, trained = self.model.config.downsample_factor, self.model.config.grid
