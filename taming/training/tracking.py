@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,8 +29,8 @@ from taming.data.picture import save_png, to_uint8
 class Tracker:
     """Writes RUN/log.jsonl, RUN/tensorboard and RUN/previews, and shows progress.
 
-    On a terminal a live line shows step, pictures a second, the time left and the figures of the last
-    log; elsewhere each log is one plain line. Only the main process has one that is not silent.
+    On a terminal a live display shows step, time left, pictures a second and the figures of the last log;
+    elsewhere each log is one plain line. Only the main process has one that is not silent.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Tracker:
         self.run, self.total_steps, self.enabled = run, total_steps, enabled
         self.console = console or Console(stderr=True)
         self._progress: Progress | None = None
+        self._live: Live | None = None
         self._writer: Any = None
         self._last_time = self._start_time = time.perf_counter()
         self._last_pictures = 0
@@ -54,20 +57,22 @@ class Tracker:
             self._progress = Progress(
                 SpinnerColumn(),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=40),
+                TextColumn("{task.percentage:.0f}%  left"),
                 TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[rate]}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task("train", total=self.total_steps, figures="")
-            self._progress.start()
+            self._task = self._progress.add_task("train", total=self.total_steps, rate="")
+            self._live = Live(self._progress, console=self.console, refresh_per_second=4)
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
         if self.enabled:
             self._writer.close()
             self._log.close()
@@ -99,8 +104,10 @@ class Tracker:
         for name, value in figures.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
-        if self._progress is not None and kind == "train":
-            self._progress.update(self._task, completed=step, figures=shown)
+        if self._progress is not None and self._live is not None and kind == "train":
+            pace = f"{figures.pop('pictures_per_second'):.1f} pictures/s"
+            self._progress.update(self._task, completed=step, rate=pace)
+            self._live.update(Group(self._progress, _columns(figures)))
         else:
             left = ""
             if kind == "train" and step > self._first_step:
@@ -127,6 +134,11 @@ class Tracker:
         """One line for the user."""
         if self.enabled:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _columns(figures: dict[str, float]) -> Columns:
+    """Figures in columns of one width, as many as the terminal takes."""
+    return Columns([f"[dim]{name}[/] {_short(value)}" for name, value in figures.items()], padding=(0, 3))
 
 
 def _plain(value: Any) -> Any:
