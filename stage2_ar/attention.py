@@ -153,7 +153,8 @@ def _last_query(
 def _short_bf16_training(query: Tensor) -> bool:
     """Where torch's fused attention is slower than two products with the matrix held.
 
-    Its bf16 backward on a CPU takes 2.5 times as long at 256 positions, and as long at 512 (4 x 8 heads, two cores).
+    Its bf16 backward on a CPU takes 2.5 times as long at 256 positions (4 x 8 heads, two cores), and as long
+    at 512.
     """
     return (
         query.device.type == "cpu"
