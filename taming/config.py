@@ -96,7 +96,7 @@ def find_config(source: str | Path, group: str | None) -> Path:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """"a.b=value" -> ("a.b", value), the value read as YAML. Raises ConfigError."""
+    """ "a.b=value" -> ("a.b", value), the value read as YAML. Raises ConfigError."""
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form a.b=value")

@@ -15,6 +15,9 @@ from stage2_ar.config import ARModelConfig, ARTrainConfig
 from stage2_ar.model import ARModel
 from taming.config import build_config
 
+# Models as small as these compute faster on one thread, and other work on the machine disturbs it less.
+torch.set_num_threads(1)
+
 TINY_MODEL: dict[str, Any] = {
     "resolution": 16,
     "channels": 8,

@@ -133,6 +133,12 @@ def _build_lpips() -> nn.Module:
     return network.eval()
 
 
+def cached_vgg_weights() -> Path | None:
+    """The file of VGG16 weights that torchvision would use, where it is on this machine."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
+    return path if path.is_file() else None
+
+
 def _vgg_state(path: str | Path | None) -> dict[str, Tensor]:
     out = "set loss.perceptual_weight=0, or loss.vgg_weights=PATH to a file of torchvision's VGG16"
     if path is None:

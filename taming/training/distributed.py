@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from taming.collective import sum_over_processes
 from taming.errors import UserError
@@ -31,6 +32,8 @@ def resolve_precision(precision: str) -> str:
 
 def make_accelerator(precision: str) -> Accelerator:
     """An Accelerator for "auto" | "bf16" | "fp32"; the number of processes comes from its launcher."""
+    # Accelerate keeps the precision of a process's first run for all later ones, and refuses another.
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve_precision(precision)])
 
 

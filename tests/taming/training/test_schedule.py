@@ -1,5 +1,7 @@
 """The learning rate is a function of the step alone."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_decay_starts_at_the_peak_and_ends_at_the_final_ratio(schedule: str) -> 
     ]
     assert rates[2] == pytest.approx(1)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
 
 
 def test_cosine_is_half_way_in_the_middle() -> None:
