@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,12 +14,11 @@ from stage1_vq.model import VQModel
 from stage1_vq.task import VQTask
 from taming.config import build_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.reference_checkpoint import load_reference
 
 
-def model_config(published: dict) -> VQModelConfig:
-    params = published["model"]["params"]
+def model_config(params: dict) -> VQModelConfig:
+    """Our config for the published one's `params`."""
     net = params["ddconfig"]
     return VQModelConfig(
         in_channels=net["in_channels"],
@@ -41,9 +37,20 @@ def model_config(published: dict) -> VQModelConfig:
     )
 
 
+def test_first_stage_inside_a_published_transformer():
+    published, state, io = load_reference("transformer_class")
+    model = VQModel(model_config(published["model"]["params"]["first_stage_config"]["params"]))
+    prefix = "first_stage_model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    model.eval()
+    assert torch.equal(model.encode(io["image"]).flatten(1), io["target_tokens"])
+    painted = model.decode(io["greedy_tokens"].view(2, 8, 8))
+    assert_close(painted, io["greedy_image"], rtol=0, atol=1e-4)
+
+
 def test_published_model_gives_its_own_codes_and_pictures():
     published, state, io = load_reference("vqgan")
-    model = VQModel(model_config(published))
+    model = VQModel(model_config(published["model"]["params"]))
     model.load_state_dict(state)
     model.eval()
     with torch.no_grad():
@@ -68,7 +75,7 @@ def test_one_training_step_has_the_published_losses_and_gradients(loss: str):
         VQTrainConfig,
         {
             "data": {"kind": "scenes"},
-            "model": model_config(published).model_dump(),
+            "model": model_config(published["model"]["params"]).model_dump(),
             "loss": {"perceptual_weight": 0.0},
             "discriminator": {
                 "network": {
