@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from taming.layers.position import Rotation, rotate
+from taming.layers.rms_norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class CausalAttention(nn.Module):
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width, bias=bias)
-        self.query_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.key_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.query_norm = RMSNorm(width // heads) if qk_norm else None
+        self.key_norm = RMSNorm(width // heads) if qk_norm else None
 
     def forward(self, x: Tensor, attend: Attend, layer: int, *, only_last: bool = False) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, 1, D) where only the last position's answer is wanted."""
         query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = _head_norm(query, self.query_norm), _head_norm(key, self.key_norm)
+            query, key = self.query_norm(query), self.key_norm(key)
         if attend.rotation is not None:
             query, key = rotate(query, attend.rotation), rotate(key, attend.rotation)
         if attend.cache is not None:
@@ -128,11 +129,6 @@ class CausalAttention(nn.Module):
             )
         projected: Tensor = self.proj(rearrange(out, "b h t c -> b t (h c)"))
         return projected
-
-
-def _head_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """RMSNorm in x's own type: under autocast a weight of another would leave the fused kernel."""
-    return functional.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def _last_query(

@@ -19,6 +19,7 @@ from stage2_ar.attention import Attend, CausalAttention, KVCache, Positions, att
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
 from taming.errors import ConfigError, UserError
 from taming.layers.position import grid_cells, rotary_2d
+from taming.layers.rms_norm import RMSNorm
 from taming.types import Prefix
 
 Grid = tuple[int, int]
@@ -77,7 +78,7 @@ class Transformer(nn.Module):
                 self.position_embedding = nn.Parameter(torch.zeros(1, block_size, config.width))
                 self.norm: nn.Module = nn.LayerNorm(config.width)
             case LlamaConfig():
-                self.norm = nn.RMSNorm(config.width, eps=1e-6)
+                self.norm = RMSNorm(config.width)
             case _:
                 assert_never(config)
         self.token_embedding = nn.Embedding(table_size, config.width)
@@ -262,8 +263,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig | LlamaConfig) -> None:
         super().__init__()
         gpt = isinstance(config, GPTConfig)
-        self.norm1: nn.Module = nn.LayerNorm(config.width) if gpt else nn.RMSNorm(config.width, eps=1e-6)
-        self.norm2: nn.Module = nn.LayerNorm(config.width) if gpt else nn.RMSNorm(config.width, eps=1e-6)
+        self.norm1: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
+        self.norm2: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
         self.attention = CausalAttention(
             config.width,
             config.heads,
