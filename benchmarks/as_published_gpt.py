@@ -29,7 +29,7 @@ def our_gpt(size: str, *, prefix_length: int) -> Transformer:
     """Ours with random weights, for 16 x 16 codes."""
     layers, width, heads = SIZES[size]
     torch.manual_seed(0)
-    config = GPTConfig(layers=layers, width=width, heads=heads)
+    config = GPTConfig(num_layers=layers, width=width, num_heads=heads)
     return build_transformer(config, vocabulary_size=VOCABULARY, grid=(16, 16), prefix_length=prefix_length)
 
 
@@ -75,7 +75,9 @@ class PublishedGPT(nn.Module):
         block_size = ours.position_embedding.shape[1]
         self.tok_emb = nn.Embedding(ours.vocabulary_size, config.width)
         self.pos_emb = nn.Parameter(torch.zeros(1, block_size, config.width))
-        blocks = (PublishedBlock(config.width, config.heads, block_size) for _ in range(config.layers))
+        blocks = (
+            PublishedBlock(config.width, config.num_heads, block_size) for _ in range(config.num_layers)
+        )
         self.blocks = nn.Sequential(*blocks)
         self.ln_f = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, ours.vocabulary_size, bias=False)

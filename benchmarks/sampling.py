@@ -83,7 +83,7 @@ def run_published(model: PublishedGPT, batch: int, cells: int) -> float:
 
 def floor_rate(model: Transformer, batch: int, codes: int, bytes_a_number: int, bandwidth: float) -> float:
     weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
-    cache = model.config.layers * 2 * model.config.width * batch * codes / 2
+    cache = model.config.num_layers * 2 * model.config.width * batch * codes / 2
     return batch * bandwidth / ((weights + cache) * bytes_a_number)
 
 

@@ -34,7 +34,7 @@ class SamplingSettings:
     temperature: float = 1.0
     """> 0; logits are divided by it."""
     top_k: int | None = None
-    """Keep the k most probable codes, and those that tie with the last of them."""
+    """Keep the k most probable codes, and those that tie with the last of them; more than V keeps all."""
     top_p: float | None = None
     """Keep the smallest set of most probable codes that holds this mass; in (0, 1]."""
     greedy: bool = False
@@ -49,10 +49,10 @@ class SamplingSettings:
                 f"temperature {self.temperature} is not a finite number above 0; for the most probable "
                 "code each time ask for greedy"
             )
-        if self.top_k is not None and not 1 <= self.top_k <= vocabulary_size:
+        if self.top_k is not None and self.top_k < 1:
             raise UserError(
-                f"top_k {self.top_k} is not between 1 and the vocabulary's {vocabulary_size}; leave it out "
-                "to keep all codes"
+                f"top_k {self.top_k} is not at least 1; the vocabulary has {vocabulary_size} codes, leave it "
+                "out to keep all"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not in (0, 1]; leave it out to keep all codes")

@@ -118,7 +118,7 @@ def describe(config: ARTrainConfig) -> dict[str, str]:
     # Layers are alike: one and two of them, for one picture, tell what all keep.
     one, two = (_saved_by(values, layers, size) for layers in (1, 2))
     micro_batch = max(training.batch_size // training.accumulation, 1)
-    activations = micro_batch * (one + (values.transformer.layers - 1) * (two - one))
+    activations = micro_batch * (one + (values.transformer.num_layers - 1) * (two - one))
     return {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "picture": f"{size[0]}x{size[1]}",
@@ -133,7 +133,7 @@ def describe(config: ARTrainConfig) -> dict[str, str]:
 
 def _saved_by(values: ARModelConfig, layers: int, size: tuple[int, int]) -> int:
     """Bytes that a model of so many layers keeps for the backward pass of one picture."""
-    transformer = values.transformer.model_copy(update={"layers": layers})
+    transformer = values.transformer.model_copy(update={"num_layers": layers})
     model = ARModel(values.model_copy(update={"transformer": transformer}))
     maps = torch.zeros(1, *size, dtype=torch.int64)
     batch = {"segmentation": maps, "label": maps[:, 0, 0]}

@@ -20,6 +20,7 @@ from stage2_ar.transformer_config import GPTConfig, LlamaConfig
 from taming.errors import ConfigError, UserError
 from taming.layers.position import grid_cells, rotary_2d
 from taming.layers.rms_norm import RMSNorm
+from taming.layers.swiglu import swiglu
 from taming.types import Prefix
 
 Grid = tuple[int, int]
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
                 assert_never(config)
         self.token_embedding = nn.Embedding(table_size, config.width)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = nn.Linear(config.width, table_size, bias=False)
         self._initialise()
 
@@ -158,7 +159,7 @@ class Transformer(nn.Module):
     def new_cache(self, prefix: Prefix, grid: Grid) -> KVCache:
         """An empty cache for a prefix (B, P, D) and a grid of codes after it."""
         batch, prefix_length = prefix.embeddings.shape[:2]
-        shape = (batch, self.config.heads, prefix_length + grid[0] * grid[1], self.config.head_dim)
+        shape = (batch, self.config.num_heads, prefix_length + grid[0] * grid[1], self.config.head_dim)
         table = self.token_embedding.weight
         return KVCache(
             keys=[table.new_empty(shape) for _ in self.blocks],
@@ -252,7 +253,7 @@ class Transformer(nn.Module):
         if isinstance(self.config, LlamaConfig):
             for name, parameter in self.named_parameters():
                 if name.endswith(("proj.weight", "down.weight")):
-                    nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5)
+                    nn.init.normal_(parameter, std=0.02 / (2 * self.config.num_layers) ** 0.5)
             if self.config.zero_init_head:
                 nn.init.zeros_(self.head.weight)
 
@@ -267,7 +268,7 @@ class Block(nn.Module):
         self.norm2: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
         self.attention = CausalAttention(
             config.width,
-            config.heads,
+            config.num_heads,
             bias=gpt,
             qk_norm=isinstance(config, LlamaConfig) and config.qk_norm,
             dropout=config.attention_dropout,
@@ -317,8 +318,7 @@ class SwiGLUMLP(nn.Module):
         self.down = nn.Linear(hidden_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(functional.silu(gate) * up)
+        out: Tensor = self.down(swiglu(self.gate_up(x)))
         return out
 
 

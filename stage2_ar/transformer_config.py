@@ -12,8 +12,8 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Common(Config):
-    layers: int = Field(8, ge=1)
-    heads: int = Field(8, ge=1)
+    num_layers: int = Field(8, ge=1)
+    num_heads: int = Field(8, ge=1)
     width: int = Field(512, ge=4)
     embedding_dropout: Probability = 0.0
     attention_dropout: Probability = 0.0
@@ -21,13 +21,13 @@ class _Common(Config):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> _Common:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         return self
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.width // self.num_heads
 
 
 class GPTConfig(_Common):
@@ -59,8 +59,8 @@ class LlamaConfig(_Common):
     def _head_dim_has_two_axes(self) -> LlamaConfig:
         if self.head_dim % 4:
             raise ValueError(
-                f"width {self.width} / heads {self.heads} = {self.head_dim} is not divisible by 4, which "
-                "rotary positions over rows and columns need"
+                f"width {self.width} / num_heads {self.num_heads} = {self.head_dim} is not divisible by 4, "
+                "which rotary positions over rows and columns need"
             )
         return self
 

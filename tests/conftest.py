@@ -57,7 +57,7 @@ def ar_values(**changes: Any) -> dict[str, Any]:
     """Values of a tiny ARTrainConfig on the scenes; `tokenizer` or `data` are the caller's."""
     return {
         "data": {"kind": "scenes", "size": 16, "num_train": 12, "num_validation": 6},
-        "transformer": {"kind": "llama", "layers": 1, "heads": 2, "width": 16},
+        "transformer": {"kind": "llama", "num_layers": 1, "num_heads": 2, "width": 16},
         "condition": {"kind": "segmentation", "num_labels": 7, "hidden_width": 8, "label_dim": 4},
         "optimizer": {"learning_rate": 1e-3},
         "training": TINY_TRAINING,
@@ -86,7 +86,7 @@ def make_pipeline(tokenizer: VQModel, condition: dict[str, Any], **transformer: 
     config = build_config(
         ARModelConfig,
         {
-            "transformer": {"kind": "llama", "layers": 2, "heads": 2, "width": 16, **transformer},
+            "transformer": {"kind": "llama", "num_layers": 2, "num_heads": 2, "width": 16, **transformer},
             "condition": condition,
             "vocabulary_size": tokenizer.spec.codebook_size,
             "grid": [4, 4],

@@ -36,7 +36,7 @@ CONFIGS: dict[str, Any] = {
 def _build(name: str) -> tuple[Condition, Transformer]:
     torch.manual_seed(0)
     condition = build_condition(CONFIGS[name], width=WIDTH, downsample_factor=FACTOR)
-    config = LlamaConfig(layers=1, heads=2, width=WIDTH)
+    config = LlamaConfig(num_layers=1, num_heads=2, width=WIDTH)
     transformer = build_transformer(
         config, vocabulary_size=9, grid=GRID, prefix_length=condition.prefix_length(GRID)
     )

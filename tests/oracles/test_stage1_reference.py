@@ -13,7 +13,6 @@ from stage1_vq.config import VQModelConfig, VQTrainConfig
 from stage1_vq.model import VQModel
 from stage1_vq.task import VQTask
 from taming.config import build_config
-
 from tests.reference_checkpoint import load_reference
 
 

@@ -41,8 +41,8 @@ def build_published(
 ) -> Transformer:
     """Our transformer with a published one's weights; every key must be used."""
     config = GPTConfig(
-        layers=params["n_layer"],
-        heads=params["n_head"],
+        num_layers=params["n_layer"],
+        num_heads=params["n_head"],
         width=params["n_embd"],
         block_size=params["block_size"],
         num_unmasked=params.get("n_unmasked", 0),

@@ -15,10 +15,10 @@ VOCABULARY = 13
 WIDTH = 16
 
 CONFIGS: dict[str, GPTConfig | LlamaConfig] = {
-    "gpt": GPTConfig(layers=2, heads=2, width=WIDTH),
-    "gpt_unmasked": GPTConfig(layers=2, heads=2, width=WIDTH, num_unmasked=3),
-    "llama": LlamaConfig(layers=2, heads=2, width=WIDTH),
-    "llama_plain": LlamaConfig(layers=2, heads=2, width=WIDTH, qk_norm=False),
+    "gpt": GPTConfig(num_layers=2, num_heads=2, width=WIDTH),
+    "gpt_unmasked": GPTConfig(num_layers=2, num_heads=2, width=WIDTH, num_unmasked=3),
+    "llama": LlamaConfig(num_layers=2, num_heads=2, width=WIDTH),
+    "llama_plain": LlamaConfig(num_layers=2, num_heads=2, width=WIDTH, qk_norm=False),
 }
 
 

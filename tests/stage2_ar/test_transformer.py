@@ -69,7 +69,7 @@ def test_unmasked_prefix_sees_itself_fully() -> None:
     outputs = []
     for num_unmasked in (0, 1, 3):
         torch.manual_seed(0)
-        config = GPTConfig(layers=2, heads=2, width=16, num_unmasked=num_unmasked)
+        config = GPTConfig(num_layers=2, num_heads=2, width=16, num_unmasked=num_unmasked)
         model = build_transformer(config, vocabulary_size=VOCABULARY, grid=GRID, prefix_length=3).eval()
         torch.nn.init.normal_(model.head.weight)
         outputs.append(model(codes, prefix))
@@ -182,31 +182,31 @@ def test_only_matrices_decay() -> None:
 
 def test_initial_values() -> None:
     model = build_transformer(
-        GPTConfig(layers=2, heads=2, width=64), vocabulary_size=200, grid=(8, 8), prefix_length=1
+        GPTConfig(num_layers=2, num_heads=2, width=64), vocabulary_size=200, grid=(8, 8), prefix_length=1
     )
     for name in ("token_embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.mlp.down.weight"):
         assert float(model.get_parameter(name).detach().std()) == pytest.approx(0.02, rel=0.05)
     assert not model.get_parameter("blocks.0.attention.qkv.bias").any()
-    config = LlamaConfig(layers=2, heads=2, width=64, zero_init_head=True)
+    config = LlamaConfig(num_layers=2, num_heads=2, width=64, zero_init_head=True)
     llama = build_transformer(config, vocabulary_size=200, grid=(8, 8), prefix_length=1)
     assert not llama.head.weight.any()
 
 
 def test_configs_refuse_what_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="not divisible by heads"):
-        build_config(GPTConfig, {"width": 30, "heads": 4})
+    with pytest.raises(ConfigError, match="not divisible by num_heads"):
+        build_config(GPTConfig, {"width": 30, "num_heads": 4})
     with pytest.raises(ConfigError, match="rotary"):
-        build_config(LlamaConfig, {"width": 12, "heads": 2})
+        build_config(LlamaConfig, {"width": 12, "num_heads": 2})
     with pytest.raises(ConfigError, match="block_size 5 is smaller"):
         build_transformer(
-            GPTConfig(layers=1, heads=1, width=4, block_size=5),
+            GPTConfig(num_layers=1, num_heads=1, width=4, block_size=5),
             vocabulary_size=3,
             grid=(4, 4),
             prefix_length=1,
         )
     with pytest.raises(ConfigError, match="table_size"):
         build_transformer(
-            GPTConfig(layers=1, heads=1, width=4, table_size=5),
+            GPTConfig(num_layers=1, num_heads=1, width=4, table_size=5),
             vocabulary_size=8,
             grid=(2, 2),
             prefix_length=1,
@@ -214,7 +214,7 @@ def test_configs_refuse_what_cannot_be() -> None:
 
 
 def test_table_may_be_larger_than_the_vocabulary() -> None:
-    config = GPTConfig(layers=1, heads=1, width=8, table_size=20)
+    config = GPTConfig(num_layers=1, num_heads=1, width=8, table_size=20)
     model = build_transformer(config, vocabulary_size=8, grid=(2, 2), prefix_length=1).eval()
     prefix = Prefix(torch.randn(1, 1, 8), torch.ones(1, 1, dtype=torch.bool))
     assert model.head.weight.shape == (20, 8)
@@ -247,7 +247,7 @@ def test_gpt_equals_transformers_gpt2() -> None:
             key = key.replace(their_name, our_name)
         state[key] = value.t() if matrix else value
     state["position_embedding"] = state.pop("transformer.wpe.weight")[None]
-    config = GPTConfig(layers=2, heads=2, width=16, block_size=32)
+    config = GPTConfig(num_layers=2, num_heads=2, width=16, block_size=32)
     ours = build_transformer(config, vocabulary_size=VOCABULARY, grid=GRID, prefix_length=1).eval()
     ours.load_state_dict(state)
     tokens = torch.randint(VOCABULARY, (2, 13))
@@ -260,7 +260,7 @@ def test_gpt_equals_transformers_gpt2() -> None:
 
 
 def test_llama_parts_equal_transformers() -> None:
-    block = Block(LlamaConfig(layers=1, heads=2, width=16, mlp_width=24))
+    block = Block(LlamaConfig(num_layers=1, num_heads=2, width=16, mlp_width=24))
     their_config = TheirLlamaConfig(
         hidden_size=16, intermediate_size=24, num_attention_heads=2, rms_norm_eps=1e-6
     )
