@@ -39,7 +39,7 @@ from taming.training.config import TrainingConfig
 from taming.training.task import Task
 
 # Shares of the time that goes into training; sampling and evaluation take what is left.
-STAGE_ONE_SHARE, STAGE_TWO_SHARE = 0.46, 0.40
+STAGE_ONE_SHARE, STAGE_TWO_SHARE = 0.40, 0.45
 ADHERENCE_MAPS, SHEET_MAPS, SAMPLES_PER_MAP = 64, 4, 4
 WIDE_PIXELS = 256
 

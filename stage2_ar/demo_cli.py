@@ -15,7 +15,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs, the sheet and metrics.json.")] = Path(
         "runs/demo"
     ),
-    minutes: Annotated[float, typer.Option(min=1, help="A slower machine trains for fewer steps.")] = 7.5,
+    minutes: Annotated[float, typer.Option(min=1, help="A slower machine trains for fewer steps.")] = 7.2,
 ) -> None:
     from rich.console import Console
 
