@@ -3,7 +3,8 @@
     python benchmarks/stage2_training.py [--size small large] [--steps 3] [--repeats 3]
 
 Batch 4; small with one condition token and 256 codes, large with 256 and 256. "as published" computes the
-logits of all positions, holds the attention matrix and steps with a plain AdamW, in fp32. Ours: SDPA, logits
+logits of all positions, holds the attention matrix and steps with a plain AdamW, in fp32; GPT-2 is that of
+transformers, with SDPA and the same AdamW. Ratios are to "as published". Ours: SDPA, logits
 of the codes only, fused AdamW; bf16 is autocast with fp32 weights, as the training loop has it.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -59,11 +61,26 @@ def bench(size: str, steps: int, repeats: int) -> list[str]:
         logits = published(torch.cat((condition, codes), dim=1)[:, :-1])[:, prefix_length - 1 :]
         return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), codes.reshape(-1))
 
+    layers, width, heads = SIZES[size]
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=512, n_embd=width, n_layer=layers, n_head=heads,
+            activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    ).train()  # fmt: skip
+
+    def gpt2_loss() -> Tensor:
+        logits = gpt2(torch.cat((condition, codes), dim=1)[:, :-1], use_cache=False).logits
+        logits = logits[:, prefix_length - 1 :]
+        return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), codes.reshape(-1))
+
     options = {"lr": 1e-5, "betas": (0.9, 0.95)}
+    gpt2_adam = torch.optim.AdamW(gpt2.parameters(), weight_decay=0.01, **options)
     fused = torch.optim.AdamW(weight_decay_groups(ours, 0.01), fused=True, **options)
     plain = torch.optim.AdamW(published.parameters(), weight_decay=0.01, **options)
     contenders: dict[str, Callable[[], float]] = {
         "published": lambda: timed_steps(published_loss, plain, tokens, steps),
+        "gpt2": lambda: timed_steps(gpt2_loss, gpt2_adam, tokens, steps),
         "ours": lambda: timed_steps(lambda: our_loss(False), fused, tokens, steps),
         "ours bf16": lambda: timed_steps(lambda: our_loss(True), fused, tokens, steps),
     }
@@ -73,6 +90,7 @@ def bench(size: str, steps: int, repeats: int) -> list[str]:
     return [
         f"{size}, {tokens // BATCH} inputs",
         f"{base:.0f}",
+        f"{rates['gpt2']:.0f}",
         f"{rates['ours']:.0f}",
         f"{rates['ours'] / base:.2f}",
         f"{rates['ours bf16']:.0f}",
@@ -89,7 +107,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     rows = [bench(size, arguments.steps, arguments.repeats) for size in arguments.size]
-    columns = ["", "as published", "ours fp32", "ratio", "ours bf16", "ratio"]
+    columns = ["", "as published", "GPT-2", "ours fp32", "ratio", "ours bf16", "ratio"]
     print_table(f"Stage-two training, tokens/s, {torch.get_num_threads()} threads", columns, rows)
 
 

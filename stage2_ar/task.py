@@ -108,8 +108,8 @@ class ARTask:
         sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in batches:
             codes = self._codes(batch)
-            with self.accelerator.autocast():
-                logits = model(codes, batch)
+            # In fp32, as the pipeline samples: a model that only works under autocast must not pass unseen.
+            logits = model(codes, batch)
             flat = codes.flatten(1)
             sums[0] += flat.numel()
             sums[1] -= code_log_likelihood(logits, flat).sum()

@@ -192,3 +192,22 @@ def test_no_null_without_dropout(name: str) -> None:
     assert not condition.has_null
     with pytest.raises(UserError, match="without dropout"):
         condition.null(1, GRID, "cpu")
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+@pytest.mark.parametrize("placement", ["aligned", "prefix"])
+def test_half_precision_says_the_same(factor: int, placement: str) -> None:
+    """What is trained under autocast is what is sampled in fp32: oneDNN once computed another patch."""
+    torch.manual_seed(0)
+    config = SegmentationConditionConfig.model_validate({"num_labels": 7, "placement": placement})
+    condition = build_condition(config, width=32, downsample_factor=factor).eval()
+    batch = {"segmentation": torch.randint(7, (4, 4 * factor, 4 * factor))}
+    with torch.no_grad():
+        exact = condition(batch, (4, 4))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = condition(batch, (4, 4))
+    pairs = [(exact.embeddings, half.embeddings)]
+    if exact.cells is not None and half.cells is not None:
+        pairs.append((exact.cells, half.cells))
+    for a, b in pairs:
+        assert float((a - b.float()).norm() / a.norm()) < 0.03

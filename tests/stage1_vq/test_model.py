@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.model import VQModel
-from taming.config import build_config
+from taming.config import build_config, read_yaml, shipped_configs
 from taming.errors import ArtifactError, ConfigError, UserError
 
 
@@ -157,3 +157,19 @@ def test_a_model_of_another_architecture_is_refused(model: VQModel, tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"z_channels": 8', '"z_channels": 12'))
     with pytest.raises(ArtifactError, match="does not fit its config"):
         VQModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["photos_64", "photos_256", "scenes_64"])
+def test_half_precision_computes_the_same_in_shipped_models(name: str) -> None:
+    """Training runs under autocast, users in fp32: a kernel that is wrong in one must not pass unseen."""
+    values = read_yaml(shipped_configs("stage1")[name])["model"]
+    torch.manual_seed(0)
+    model = VQModel(build_config(VQModelConfig, values)).eval()
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        exact, codes = model.latents(images), model.encode(images)
+        picture = model.decode(codes)
+        with torch.autocast("cpu", torch.bfloat16):
+            half, painted = model.latents(images), model.decode(codes)
+    assert float((exact - half.float()).norm() / exact.norm()) < 0.05
+    assert float((picture - painted).norm() / picture.norm()) < 0.1
