@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.model import VQModel
 from stage1_vq.task import VQTask
-from taming.data.dataset import PictureDataset, open_dataset
+from taming.data.dataset import PictureDataset
+from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.gan.patchgan import PatchGAN
 from taming.training.loop import RunResult, run_training
@@ -29,7 +30,7 @@ def train(
     `splits` are the opened training and validation data, where the caller has them already.
     """
     check(config)
-    train_data, validation_data = splits or open_splits(config)
+    train_data, validation_data = splits or open_splits(config.data)
     return run_training(
         lambda: VQTask(config), config, config.training, train_data, validation_data, run=run, resume=resume
     )
@@ -48,17 +49,6 @@ def check(config: VQTrainConfig) -> None:
         raise UserError(
             f"model.in_channels {config.model.in_channels}: pictures have 3 channels; set it to 3"
         )
-
-
-def open_splits(config: VQTrainConfig) -> tuple[PictureDataset, PictureDataset]:
-    """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
-    splits = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
-    if not len(splits[1]):
-        raise UserError(
-            "no validation pictures are left; raise data.validation_fraction (or "
-            "data.num_validation), or give more pictures"
-        )
-    return splits
 
 
 def describe(config: VQTrainConfig) -> dict[str, str]:

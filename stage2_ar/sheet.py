@@ -29,7 +29,7 @@ def contact_sheet(
     """Three sections on white, (3, H', W') in [-1, 1].
 
     Held-out pictures (B, 3, H, W) over their reconstructions; label maps (M, H, W), each followed by its
-    samples (M * n, 3, H, W); a wide map (1, H, W') over the picture sampled from it (1, 3, H, W').
+    samples (M * n, 3, H, W); a wide map (1, H, W') beside the picture sampled from it (1, 3, H, W').
     """
     per_map = len(samples) // len(maps)
     rows = torch.cat(
@@ -44,7 +44,7 @@ def contact_sheet(
             tile(torch.cat((images, reconstructions)), len(images)),
         ),
         (f"label maps, and {per_map} samples of each", tile(rows, 2 * (1 + per_map))),
-        ("a wide label map, and a sliding-window sample", tile(torch.cat((paint_labels(wide_map), wide)), 1)),
+        ("a wide label map, and a sliding-window sample", tile(torch.cat((paint_labels(wide_map), wide)), 2)),
     ]
     blocks = [(caption, _pixels(picture)) for caption, picture in sections]
     width = max(block.width for _, block in blocks) + 2 * MARGIN

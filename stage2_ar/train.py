@@ -13,7 +13,8 @@ from stage2_ar.conditions.config import ClassConditionConfig, SegmentationCondit
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
 from stage2_ar.model import ARModel
 from stage2_ar.task import ARTask, model_config
-from taming.data.dataset import PictureDataset, open_dataset
+from taming.data.dataset import PictureDataset
+from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
@@ -31,7 +32,7 @@ def train(
     `splits` are the opened training and validation data, where the caller has them already.
     """
     tokenizer = load_tokenizer(config)
-    train_data, validation_data = splits or open_splits(config)
+    train_data, validation_data = splits or _open_splits(config)
     check(config, train_data)
     return run_training(
         lambda: ARTask(config, tokenizer, train_data.size),
@@ -63,16 +64,11 @@ def load_tokenizer(config: ARTrainConfig) -> VQModel:
     return tokenizer
 
 
-def open_splits(config: ARTrainConfig) -> tuple[PictureDataset, PictureDataset]:
+def _open_splits(config: ARTrainConfig) -> tuple[PictureDataset, PictureDataset]:
     """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
     if isinstance(config.data, CodesDataConfig):
         return CodeDataset(config.data.root, "train"), CodeDataset(config.data.root, "validation")
-    splits = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
-    if not len(splits[1]):
-        raise UserError(
-            "no validation pictures are left; raise data.validation_fraction, or give more pictures"
-        )
-    return splits
+    return open_splits(config.data)
 
 
 def check(config: ARTrainConfig, data: PictureDataset) -> None:

@@ -83,3 +83,14 @@ def open_split(config: FolderDataConfig | ScenesDataConfig, split: str) -> Pictu
             return AllSplits([open_dataset(config, "train"), open_dataset(config, "validation")])
         case _:
             raise DataError(f"no split {split!r}: choose all, train or validation")
+
+
+def open_splits(config: FolderDataConfig | ScenesDataConfig) -> tuple[PictureDataset, PictureDataset]:
+    """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
+    splits = open_dataset(config, "train"), open_dataset(config, "validation")
+    if not len(splits[1]):
+        raise DataError(
+            "no validation pictures are left; raise data.validation_fraction (or data.num_validation), or "
+            "give more pictures"
+        )
+    return splits
