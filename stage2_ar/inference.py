@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from stage2_ar.transformer import Transformer
+from stage2_ar.transformer import GELUMLP, Transformer
 
 
 def for_inference(transformer: Transformer, dtype: torch.dtype, rows: int) -> Transformer:
@@ -28,6 +28,9 @@ def for_inference(transformer: Transformer, dtype: torch.dtype, rows: int) -> Tr
         return transformer
     prepared = copy.deepcopy(transformer).eval().requires_grad_(False).to(dtype)
     if pack:
+        for block in prepared.blocks:
+            if isinstance(block.mlp, GELUMLP):
+                block.mlp = PackedGELUMLP(block.mlp, rows)
         linears = [
             (name, module) for name, module in prepared.named_modules() if isinstance(module, nn.Linear)
         ]
@@ -55,13 +58,29 @@ class PackedLinear(nn.Module):
     These are the operators that torch.compile's freezing uses; `can_pack` says whether they are there.
     """
 
-    def __init__(self, linear: nn.Linear, rows: int) -> None:
+    def __init__(self, linear: nn.Linear, rows: int, activation: str = "none") -> None:
         super().__init__()
+        # "gelu" with the algorithm "none" is the exact one.
+        self.activation, self.algorithm = activation, "none" if activation == "gelu" else ""
         # Plain attributes: an opaque tensor is neither a parameter nor something to save.
         with torch.inference_mode(False), torch.no_grad():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), rows)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.bias, self.activation, [], self.algorithm
+        )
+        return out
+
+
+class PackedGELUMLP(nn.Module):
+    """GELUMLP with its activation inside the first product."""
+
+    def __init__(self, mlp: GELUMLP, rows: int) -> None:
+        super().__init__()
+        self.up, self.down = PackedLinear(mlp.up, rows, "gelu"), PackedLinear(mlp.down, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x))
         return out
