@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,12 +97,3 @@ def make_pipeline(tokenizer: VQModel, condition: dict[str, Any], **transformer: 
     with torch.no_grad():  # far from uniform, so that a wrong logit changes a code
         model.transformer.head.weight.mul_(100)
     return ARPipeline(model, tokenizer)
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real pictures and reference cases; tests that need it are skipped without it."""
-    path = Path(__file__).resolve().parents[1] / "../shared"
-    if not path.is_dir():
-        pytest.skip("../shared is not here")
-    return path.resolve()

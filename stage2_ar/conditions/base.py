@@ -32,6 +32,8 @@ class Condition(nn.Module, ABC):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
+        # In a list, so that the table stays the transformer's parameter and is not counted or saved twice.
+        self._attached: list[nn.Embedding] = []
 
     @property
     def has_null(self) -> bool:
@@ -69,7 +71,14 @@ class Condition(nn.Module, ABC):
         return mix_prefixes(dropped, self.null(size, grid, device), prefix)
 
     def attach(self, token_embedding: nn.Embedding) -> None:
-        """Give the transformer's table to a condition that shares it; nothing for all others."""
+        """Give the transformer's table to the condition; only one that shares it makes use of it."""
+        self._attached = [token_embedding]
+
+    @property
+    def shared_table(self) -> nn.Embedding:
+        """The transformer's table, for a condition that shares it."""
+        assert self._attached, "a shared vocabulary needs attach(transformer.token_embedding)"
+        return self._attached[0]
 
     def read(self, conditions: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:
         """A user's conditions ({"class": [3, 7]}) as a batch on `device`, not yet checked.

@@ -29,11 +29,6 @@ class ClassCondition(Condition):
             nn.init.normal_(self.embedding.weight, std=0.02)
             if self.has_null:
                 self.null_embedding = nn.Parameter(torch.randn(width) * 0.02)
-        # In a list, so that the table stays the transformer's parameter and is not counted or saved twice.
-        self._table: list[nn.Embedding] = []
-
-    def attach(self, token_embedding: nn.Embedding) -> None:
-        self._table = [token_embedding]
 
     def prefix_length(self, grid: Grid) -> int:
         return 1
@@ -47,10 +42,7 @@ class ClassCondition(Condition):
         check_range("class", label, self.num_classes, "classes")
 
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
-        table = self.embedding
-        if table is None:
-            assert self._table, "a shared vocabulary needs attach(transformer.token_embedding)"
-            table = self._table[0]
+        table = self.shared_table if self.embedding is None else self.embedding
         embeddings = table(batch["label"])[:, None]
         return Prefix(embeddings, all_attended(embeddings))
 

@@ -17,11 +17,6 @@ class NoCondition(Condition):
         super().__init__()
         self.start_token = config.start_token
         self.start = nn.Parameter(torch.randn(width) * 0.02) if config.start_token is None else None
-        # In a list, so that the table stays the transformer's parameter and is not counted or saved twice.
-        self._table: list[nn.Embedding] = []
-
-    def attach(self, token_embedding: nn.Embedding) -> None:
-        self._table = [token_embedding]
 
     def prefix_length(self, grid: Grid) -> int:
         return 1
@@ -41,6 +36,5 @@ class NoCondition(Condition):
     def _start(self) -> torch.Tensor:
         if self.start is not None:
             return self.start
-        assert self._table, "a shared start token needs attach(transformer.token_embedding)"
         assert self.start_token is not None
-        return self._table[0].weight[self.start_token]
+        return self.shared_table.weight[self.start_token]

@@ -16,7 +16,7 @@ from taming.types import Batch
 
 PICTURES = ("image", "condition_image")
 MAPS = ("segmentation", "depth")
-KEYS = (*PICTURES, *MAPS, "label", "objects", "text", "key")
+KEYS = (*PICTURES, *MAPS, "codes", "label", "objects", "text", "key")
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:

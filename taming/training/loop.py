@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from taming.config import Config, save_config
-from taming.data.batch import to_device
+from taming.data.batch import to_device, validate_batch
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches, train_batches
 from taming.errors import ArtifactError, UserError
@@ -138,6 +138,8 @@ class _Loop:
         )
         while step < training.steps:
             micro_batches = [to_device(batch, accelerator.device) for batch in next(batches)]
+            if count == 0:
+                validate_batch(micro_batches[0], self.train_data.provides)
             sums.add(self.task.train_step(micro_batches, step))
             step, pictures, count = step + 1, pictures + training.batch_size, count + 1
             tracker.advance(step)

@@ -118,3 +118,14 @@ def test_a_batch_that_does_not_divide_names_what_does(tmp_path: Path) -> None:
     training = {**TINY_TRAINING, "batch_size": 6, "accumulation": 4}
     with pytest.raises(UserError, match="batch_size 6 is not divisible by accumulation 4"):
         vq_config(training=training)
+
+
+def test_the_first_batch_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.to_device
+
+    def without_maps(batch: dict, device: object) -> dict:
+        return {key: value for key, value in real(batch, device).items() if key != "segmentation"}
+
+    monkeypatch.setattr(loop, "to_device", without_maps)
+    with pytest.raises(UserError, match="segmentation is needed too"):
+        train_tokenizer(vq_config(), tmp_path)
