@@ -67,6 +67,8 @@ def write_codes(
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; give --out another folder or empty this one")
+    for dataset in datasets.values():
+        model.check_size(*dataset.size)
     folder.mkdir(parents=True, exist_ok=True)
     model = model.to(device).eval()
     splits: dict[str, list[dict[str, Any]]] = {}

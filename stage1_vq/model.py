@@ -136,14 +136,19 @@ class VQModel(nn.Module):
         return x
 
     def _check_images(self, images: Tensor) -> None:
-        channels, factor = self.config.in_channels, self.config.downsample_factor
+        channels = self.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise UserError(
                 f"pictures have shape {tuple(images.shape)}; this tokenizer takes (B, {channels}, H, W)"
             )
         if not images.is_floating_point():
             raise UserError(f"pictures are {images.dtype}; give float in [-1, 1], which is uint8 / 127.5 - 1")
-        for name, size in (("height", images.shape[2]), ("width", images.shape[3])):
+        self.check_size(images.shape[2], images.shape[3])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError where pictures of this size do not divide into cells."""
+        factor = self.config.downsample_factor
+        for name, size in (("height", height), ("width", width)):
             if size % factor or size == 0:
                 below, above = size // factor * factor, -(-max(size, 1) // factor) * factor
                 crop = f"crop to {below} or " if below else ""

@@ -79,6 +79,15 @@ def test_a_folder_in_use_is_left_alone(tokenizer: VQModel, tmp_path: Path) -> No
         )
 
 
+def test_a_size_that_does_not_fit_is_told_before_anything_is_written(
+    tokenizer: VQModel, tmp_path: Path
+) -> None:
+    odd = open_dataset(ScenesDataConfig(size=17, num_train=1), "train")
+    with pytest.raises(UserError, match="height 17 is not divisible"):
+        write_codes(tokenizer, {"train": odd}, tmp_path / "codes")
+    assert not (tmp_path / "codes").exists()
+
+
 def test_damage_is_refused_by_name(folder: Path) -> None:
     shard = folder / "train-00000.safetensors"
     tensors = load_file(shard)
