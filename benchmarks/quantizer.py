@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from vector_quantize_pytorch import VectorQuantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.peak_memory import peak_bytes
 from stage1_vq.quantizers import NearestConfig, NearestQuantizer
 from stage1_vq.quantizers.nearest import nearest_codes
 
@@ -58,18 +58,6 @@ def contenders(codebook_size: int) -> dict[str, Callable[[], object]]:
         "ours, forward and backward": our_backward,
         "vector-quantize-pytorch, both": their_backward,
     }
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch's allocator held during `work` beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def main() -> None:

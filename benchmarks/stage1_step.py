@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lpips
@@ -28,9 +29,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.peak_memory import peak_bytes
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.loss import adaptive_weight
 from stage1_vq.model import VQModel
@@ -172,18 +173,6 @@ def _attention(attn: nn.Module, x: Tensor) -> Tensor:
     return x + attn.proj_out(h)
 
 
-def peak_bytes(step: Callable[[Tensor], None], images: Tensor) -> int:
-    """The most that torch's allocator held during one step beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(images)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, choices=list(SETTINGS), action="append")
@@ -203,7 +192,7 @@ def main() -> None:
         peaks = {}
         for name, step in steps.items():
             step(images)  # the first one also makes the optimisers' state
-            peaks[name] = peak_bytes(step, images)
+            peaks[name] = peak_bytes(partial(step, images))
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(arguments.repeats or (5 if size == 64 else 2)):
             for name, step in steps.items():

@@ -75,7 +75,7 @@ def run_demo(out: Path, *, minutes: float, console: Console) -> DemoFigures:
     scenes, held_out = open_dataset(vq_config.data, "train"), open_dataset(vq_config.data, "validation")
     assert isinstance(held_out, ScenesDataset)
     vq_training = _fit_time(vq_config.training, VQTask(vq_config), scenes, STAGE_ONE_SHARE * seconds)
-    vq_config = _scaled_start(vq_config.model_copy(update={"training": vq_training}))
+    vq_config = _shortened(vq_config, vq_training)
     tokenizer = VQModel.from_pretrained(
         train_tokenizer(vq_config, out / "stage1", splits=(scenes, held_out)).model
     )
@@ -134,15 +134,13 @@ def _fit_time(training: TrainingConfig, task: Task, data: PictureDataset, second
     return training.model_copy(update={"steps": max(min(training.steps, possible), 50)})
 
 
-def _scaled_start(config: VQTrainConfig) -> VQTrainConfig:
-    """The discriminator enters at the same share of a shorter training."""
-    full = load_config(VQTrainConfig, "stage1", group="demo")
-    if config.discriminator is None or full.discriminator is None:
-        return config
-    start = full.discriminator.start_step * config.training.steps // full.training.steps
-    return config.model_copy(
-        update={"discriminator": config.discriminator.model_copy(update={"start_step": start})}
-    )
+def _shortened(config: VQTrainConfig, training: TrainingConfig) -> VQTrainConfig:
+    """`config` with fewer steps; the discriminator enters at the same share of them."""
+    discriminator = config.discriminator
+    if discriminator is not None:
+        start = discriminator.start_step * training.steps // config.training.steps
+        discriminator = discriminator.model_copy(update={"start_step": start})
+    return config.model_copy(update={"training": training, "discriminator": discriminator})
 
 
 def _pictures(scenes: PictureDataset, count: int) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,6 @@ class ScenesDataset(PictureDataset):
         self.size = config.height_width
         self.provides = frozenset({"image", "label", "segmentation", "depth", "objects", "text", "key"})
         self.class_names = list(CLASS_NAMES)
-        self.label_names = list(LABEL_NAMES)
         self.num_labels = len(LABEL_NAMES)
         self.prototypes = PROTOTYPES
         self._length = config.num_train if split == "train" else config.num_validation

@@ -160,10 +160,9 @@ class _Loop:
                     folder = self._save(step, pictures)
                 if stop and not last:
                     raise Interrupted(signals[0] if signals else signal.SIGTERM, folder)
-        if not figures:  # resumed at the end: nothing was left to train
+        if not figures:  # resumed at the end: nothing was left to train, but perhaps to save
             figures = self.task.evaluate(self._validation())
-        if accelerator.is_main_process:
-            self.task.save_model(self.run / "model")
+            self._save_model()
         accelerator.wait_for_everyone()
         return figures
 
@@ -178,9 +177,12 @@ class _Loop:
             progress,
             keep=self.training.keep_checkpoints,
         )
+        self._save_model()
+        return folder
+
+    def _save_model(self) -> None:
         if self.accelerator.is_main_process:
             self.task.save_model(self.run / "model")
-        return folder
 
     def _validation(self) -> Iterator[Any]:
         batches = evaluation_batches(

@@ -159,6 +159,24 @@ def test_the_whole_way_of_a_picture(run: Path, tmp_path: Path) -> None:
     assert 0 < likely["bits_per_code"] < 8
 
 
+def test_classes_from_sub_folders_to_samples(run: Path, tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        write_pictures(tmp_path / "pets" / name, 10)
+    values = ar_values(tokenizer=str(run), condition={"kind": "class", "num_classes": 1})
+    values["data"] = {"kind": "folder", "root": str(tmp_path / "pets"), "size": 16, "class_labels": True}
+    config = write_config(tmp_path / "c.yaml", values)
+    assert "set condition.num_classes=2" in refused("ar", "train", config)
+    model = tmp_path / "ar"
+    succeeds("ar", "train", config, "-o", "condition.num_classes=2", "-o", f"training.output={model}")
+    asked = ("--class", 1, "--class", 0, "--num", 2, "--guidance", 2.0)
+    succeeds("ar", "sample", model, "--out", tmp_path / "out", *asked)
+    facts = [json.loads((tmp_path / f"out/000{number}.json").read_text()) for number in range(4)]
+    assert [fact["conditions"]["class"] for fact in facts] == [1, 1, 0, 0]
+    assert "class 2 is not one of the 2 classes" in refused(
+        "ar", "sample", model, "--out", tmp_path / "other", "--class", 2
+    )
+
+
 def test_a_dry_run_trains_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path / "tiny.yaml", vq_values())
     said = succeeds(
