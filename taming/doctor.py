@@ -104,7 +104,7 @@ def _devices() -> Iterator[Finding]:
             yield Finding(
                 "allocator",
                 "note",
-                f"large pictures train 1.4 to 1.8 times as fast on a CPU with: export {' '.join(unset)}",
+                f"large pictures train about 1.2 times as fast on a CPU with: export {' '.join(unset)}",
             )
         else:
             yield Finding("allocator", "ok", "keeps its memory between steps")
