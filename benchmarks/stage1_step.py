@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peak_memory import peak_bytes
+from stage1_vq.adversary import frozen
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.loss import adaptive_weight
 from stage1_vq.model import VQModel
-from stage1_vq.task import VQTask, _frozen
+from stage1_vq.task import VQTask
 from taming.config import build_config
 from taming.gan.losses import discriminator_loss, generator_loss
 from taming.gan.patchgan import PatchGAN
@@ -97,7 +98,7 @@ class PublishedOrder:
 
     def __call__(self, images: Tensor) -> None:
         generator, critic = self.players
-        with _frozen(self.discriminator):
+        with frozen(self.discriminator):
             reconstruction, quantizer_loss = published_forward(self.model, images)
             nll = self._nll(reconstruction, images)
             g_loss = generator_loss(self.discriminator(reconstruction))
@@ -105,7 +106,7 @@ class PublishedOrder:
             generator.zero_grad()
             (nll + weight * g_loss + quantizer_loss).backward()
             generator.step()
-        with _frozen(self.model):
+        with frozen(self.model):
             reconstruction, _ = published_forward(self.model, images)
             self._nll(reconstruction, images)
             real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())

@@ -8,8 +8,8 @@ encoder once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +17,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from stage1_vq.config import AdversarialConfig, VQTrainConfig
-from stage1_vq.loss import gradient_ratio, last_conv_gradient, reconstruction_loss
+from stage1_vq.adversary import Adversary
+from stage1_vq.config import VQTrainConfig
+from stage1_vq.loss import reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
 from taming.collective import mean_over_processes, sum_over_processes
 from taming.errors import UserError
-from taming.gan.losses import discriminator_loss, generator_loss
-from taming.gan.patchgan import PatchGAN
 from taming.metrics.codebook import count_codes, perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
 from taming.metrics.psnr import psnr
+from taming.training.distributed import reduced_if
 from taming.training.ema import Ema
 from taming.training.schedule import learning_rate, set_learning_rate
 from taming.types import Batch
@@ -43,10 +43,9 @@ class VQTask:
         self.model = VQModel(config.model)
         if config.init_from is not None:
             self._start_from(config.init_from)
-        self.adversarial = config.discriminator
-        self.discriminator: PatchGAN | None = None
-        if self.adversarial is not None:
-            self.discriminator = PatchGAN(self.adversarial.network, config.model.in_channels)
+        self.adversary: Adversary | None = None
+        if config.discriminator is not None:
+            self.adversary = Adversary(config.discriminator, config.model.in_channels)
         self.perceptual = perceptual
         if self.perceptual is None and config.loss.perceptual_weight:
             if config.model.in_channels not in (1, 3):
@@ -63,15 +62,14 @@ class VQTask:
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
         """Move to the device, wrap for several processes, build the optimisers."""
         self.accelerator, self.total_steps = accelerator, total_steps
-        for module in (self.model, self.discriminator, self.perceptual, self.ema):
+        for module in (self.model, self.perceptual, self.ema):
             if module is not None:
                 module.to(accelerator.device)
         # Shells, since accelerate changes the forward of what it is given: the models stay as they are.
         self._autoencoder: nn.Module = accelerator.prepare_model(_Whole(self.model))
         self._autoencoder_optimizer = _adam(self.model, self.config)
-        if self.discriminator is not None:
-            self._both: nn.Module = accelerator.prepare_model(_RealAndFake(self.discriminator))
-            self._discriminator_optimizer = _adam(self.discriminator, self.config)
+        if self.adversary is not None:
+            self.adversary.prepare(accelerator, partial(_adam, config=self.config))
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update of both players; returns detached () values, equal on all processes.
@@ -81,17 +79,16 @@ class VQTask:
         self.model.train()
         rate = learning_rate(self.config.optimizer, step, self.total_steps)
         set_learning_rate(self._autoencoder_optimizer, rate)
-        adversarial = self.adversarial if self._plays(step) else None
+        adversary = self.adversary if self.adversary is not None and self.adversary.plays(step) else None
         self._autoencoder_optimizer.zero_grad(set_to_none=True)
-        if adversarial is not None:
-            set_learning_rate(self._discriminator_optimizer, rate * adversarial.learning_rate_ratio)
-            self._discriminator_optimizer.zero_grad(set_to_none=True)
+        if adversary is not None:
+            adversary.begin_step(rate)
 
         logs: dict[str, Tensor] = {}
         share = 1 / len(micro_batches)
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
-            for name, value in self._accumulate(batch["image"], step, share, last, adversarial).items():
+            for name, value in self._accumulate(batch["image"], step, share, last, adversary).items():
                 logs[name] = logs.get(name, 0) + share * value
         values = mean_over_processes(torch.stack([value.float() for value in logs.values()]))
         logs = dict(zip(logs, values.unbind(), strict=True))
@@ -100,33 +97,32 @@ class VQTask:
         self._clip(self.model)
         self._autoencoder_optimizer.step()
         self.model.quantize.after_step()
-        if adversarial is not None:
-            assert self.discriminator is not None
-            self._clip(self.discriminator)
-            self._discriminator_optimizer.step()
+        if adversary is not None:
+            self._clip(adversary.discriminator)
+            adversary.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         return logs
 
     def _accumulate(
-        self, images: Tensor, step: int, share: float, last: bool, adversarial: AdversarialConfig | None
+        self, images: Tensor, step: int, share: float, last: bool, adversary: Adversary | None
     ) -> dict[str, Tensor]:
         """Gradients of one micro-batch for both players, times `share`."""
-        with self._reduced_if(last, self._autoencoder):
+        with reduced_if(last, self.accelerator, self._autoencoder):
             with self.accelerator.autocast():
                 output: VQOutput = self._autoencoder(images)
-            logs, gradient = self._judge(output, images, step, adversarial)
+            logs, gradient = self._judge(output, images, step, adversary)
             # The surrogate's gradient at the picture is exactly `gradient`.
             surrogate = (output.reconstruction * gradient.to(output.reconstruction.dtype)).sum()
             self.accelerator.backward(share * (surrogate + output.quantizer.loss))
-        if adversarial is not None:
+        if adversary is not None:
             fake = output.reconstruction.detach()
             del output, surrogate
-            logs |= self._teach_discriminator(images, fake, share, last, adversarial)
+            logs |= adversary.teach(images, fake, share, last)
         return logs
 
     def _judge(
-        self, output: VQOutput, images: Tensor, step: int, adversarial: AdversarialConfig | None
+        self, output: VQOutput, images: Tensor, step: int, adversary: Adversary | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """(log, gradient (B, C, H, W) that the reconstruction is to follow)."""
         picture = output.reconstruction.detach().float().requires_grad_()
@@ -134,42 +130,16 @@ class VQTask:
             loss = reconstruction_loss(picture, images, self.config.loss, self.perceptual)
         (gradient,) = torch.autograd.grad(loss.total, picture)
         logs = {"nll": loss.total.detach(), **loss.terms, "codebook": output.quantizer.loss.detach()}
-        if adversarial is not None and (factor := adversarial.factor(step)):
-            assert self.discriminator is not None
-            # Unwrapped and without weight gradients: this pass judges, it does not learn.
-            with _frozen(self.discriminator), self.accelerator.autocast():
-                g_loss = generator_loss(self.discriminator(picture).float())
-            (g_gradient,) = torch.autograd.grad(g_loss, picture)
-            weight = torch.ones_like(g_loss)
-            if adversarial.weight_mode == "adaptive":
-                weight = gradient_ratio(
-                    *(
-                        last_conv_gradient(output.features, self.model.decoder.conv_out, g)
-                        for g in (gradient, g_gradient)
-                    )
-                )
-            weight = weight * adversarial.weight
-            gradient = gradient + factor * weight * g_gradient
-            logs |= {"adversarial": g_loss.detach(), "adaptive_weight": weight}
+        if adversary is not None:
+            wish, judgement = adversary.judge(
+                picture, gradient, output.features, self.model.decoder.conv_out, step
+            )
+            gradient = gradient if wish is None else gradient + wish
+            logs |= judgement
         logs |= {name: value for name, value in output.quantizer.terms.items() if name not in logs}
         counts = count_codes(output.quantizer.indices, self.model.quantize.codebook_size)
         logs |= {"code_usage": usage(counts), "perplexity": perplexity(counts)}
         return logs, gradient
-
-    def _teach_discriminator(
-        self, real: Tensor, fake: Tensor, share: float, last: bool, adversarial: AdversarialConfig
-    ) -> dict[str, Tensor]:
-        with self._reduced_if(last, self._both):
-            with self.accelerator.autocast():
-                logits_real, logits_fake = self._both(real, fake)
-            logits_real, logits_fake = logits_real.float(), logits_fake.float()
-            loss = discriminator_loss(logits_real, logits_fake, adversarial.loss)
-            self.accelerator.backward(share * loss)
-        return {
-            "discriminator": loss.detach(),
-            "logits_real": logits_real.detach().mean(),
-            "logits_fake": logits_fake.detach().mean(),
-        }
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -215,14 +185,16 @@ class VQTask:
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything that has state, unwrapped, by name."""
-        named = {"model": self.model, "discriminator": self.discriminator, "ema": self.ema}
+        named: dict[str, nn.Module | None] = {"model": self.model, "ema": self.ema}
+        if self.adversary is not None:
+            named["discriminator"] = self.adversary.discriminator
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:
         """The optimisers of the players."""
         optimizers: dict[str, Optimizer] = {"model": self._autoencoder_optimizer}
-        if self.discriminator is not None:
-            optimizers["discriminator"] = self._discriminator_optimizer
+        if self.adversary is not None:
+            optimizers["discriminator"] = self.adversary.optimizer
         return optimizers
 
     def save_model(self, folder: Path) -> None:
@@ -233,16 +205,6 @@ class VQTask:
         model = self.model if self.ema is None else self.ema.module
         assert isinstance(model, VQModel)
         return model.eval()
-
-    def _plays(self, step: int) -> bool:
-        return self.adversarial is not None and step >= self.adversarial.start_step
-
-    def _reduced_if(self, last: bool, model: nn.Module) -> AbstractContextManager[None]:
-        """Processes exchange gradients with the last micro-batch only."""
-        if last:
-            return nullcontext()
-        unreduced: AbstractContextManager[None] = self.accelerator.no_sync(model)
-        return unreduced
 
     def _clip(self, model: nn.Module) -> None:
         # Each player on its own: a wild discriminator must not hold the decoder back.
@@ -277,30 +239,6 @@ class _Whole(nn.Module):
     def forward(self, images: Tensor) -> VQOutput:
         output: VQOutput = self.model(images)
         return output
-
-
-class _RealAndFake(nn.Module):
-    """Both batches in one forward, as DDP wants it, each with its own batch statistics, as published."""
-
-    def __init__(self, discriminator: nn.Module) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        return self.discriminator(real), self.discriminator(fake)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients pass through `module` but not into its weights."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def _adam(model: nn.Module, config: VQTrainConfig) -> AdamW:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from taming.collective import sum_over_processes
 from taming.errors import UserError
@@ -41,6 +43,14 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set on any process; every process must call it."""
     value = torch.tensor([float(flag)], device=accelerator.device)
     return bool(sum_over_processes(value).item() > 0)
+
+
+def reduced_if(last: bool, accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
+    """Around a micro-batch's backward: processes exchange the gradients of `model` only with the last one."""
+    if last:
+        return nullcontext()
+    unreduced: AbstractContextManager[None] = accelerator.no_sync(model)
+    return unreduced
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -92,7 +92,7 @@ def test_one_training_step_has_the_published_losses_and_gradients(loss: str):
     task = VQTask(config)
     prefix = "loss.discriminator."
     task.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("loss.")})
-    task.discriminator.load_state_dict(
+    task.adversary.discriminator.load_state_dict(
         {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     )
     AcceleratorState._reset_state(True)  # another test may have left another precision

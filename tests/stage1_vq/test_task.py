@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_published_order_of_work(images: Tensor, loss
         loss={"perceptual_weight": 0.5, "pixel_weight": 2.0},
     )
     task = make_task(settings, perceptual=BlurredDistance())
-    model, critic = copy.deepcopy(task.model), copy.deepcopy(task.discriminator)
+    model, critic = copy.deepcopy(task.model), copy.deepcopy(task.adversary.discriminator)
     logs = task.train_step([{"image": images}], step=0)
 
     # As published: one graph of everything, two backward passes for the weight, then one for the sum.
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_published_order_of_work(images: Tensor, loss
 
     critic.zero_grad()
     discriminator_loss(critic(images), critic(output.reconstruction.detach()), loss).backward()
-    found = dict(task.discriminator.named_parameters())
+    found = dict(task.adversary.discriminator.named_parameters())
     for name, parameter in critic.named_parameters():
         torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 
@@ -126,15 +126,17 @@ def test_adaptive_weight_is_the_ratio_of_norms_and_is_bounded():
 def test_discriminator_starts_warms_up_and_ramps(images: Tensor):
     settings = config(discriminator=discriminator(start_step=2, warmup_steps=2, ramp_steps=3))
     task = make_task(settings)
-    start = copy.deepcopy(task.discriminator.state_dict())
+    start = copy.deepcopy(task.adversary.discriminator.state_dict())
     for step in range(2):
         assert "discriminator" not in task.train_step([{"image": images}], step)
-    assert all(torch.equal(start[key], value) for key, value in task.discriminator.state_dict().items())
+    assert all(
+        torch.equal(start[key], value) for key, value in task.adversary.discriminator.state_dict().items()
+    )
     for step in (2, 3):
         logs = task.train_step([{"image": images}], step)
         assert "discriminator" in logs
         assert "adversarial" not in logs
-    assert not torch.equal(start["main.0.weight"], task.discriminator.main[0].weight)
+    assert not torch.equal(start["main.0.weight"], task.adversary.discriminator.main[0].weight)
     assert "adversarial" in task.train_step([{"image": images}], 4)
     factors = [settings.discriminator.factor(step) for step in range(9)]
     assert factors == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
@@ -143,8 +145,8 @@ def test_discriminator_starts_warms_up_and_ramps(images: Tensor):
 def test_generator_pass_leaves_no_gradient_in_the_discriminator(images: Tensor):
     task = make_task(config(discriminator=discriminator()))
     output = task.model.train()(images)
-    task._judge(output, images, 0, task.adversarial)
-    assert all(p.grad is None and p.requires_grad for p in task.discriminator.parameters())
+    task._judge(output, images, 0, task.adversary)
+    assert all(p.grad is None and p.requires_grad for p in task.adversary.discriminator.parameters())
 
 
 def test_fixed_weight(images: Tensor):
@@ -156,9 +158,9 @@ def test_clipping_is_for_each_player_alone(images: Tensor):
     settings = config(discriminator=discriminator(), training={"clip_norm": 1e-3})
     task = make_task(settings)
     with torch.no_grad():
-        task.discriminator.main[-1].weight.mul_(1e4)
+        task.adversary.discriminator.main[-1].weight.mul_(1e4)
     task.train_step([{"image": images}], 0)
-    for module in (task.model, task.discriminator):
+    for module in (task.model, task.adversary.discriminator):
         norm = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
         assert norm.item() == pytest.approx(1e-3, rel=0.05)
 
@@ -183,7 +185,7 @@ def test_what_is_not_finite_is_named_before_anything_moves(images: Tensor):
     task = make_task(config(discriminator=discriminator()))
     before = copy.deepcopy(task.model.state_dict())
     with torch.no_grad():
-        task.discriminator.main[0].weight.fill_(float("nan"))
+        task.adversary.discriminator.main[0].weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"diverged at step 3: .*adversarial.* not finite"):
         task.train_step([{"image": images}], 3)
     assert all(torch.equal(before[key], value) for key, value in task.model.state_dict().items())
