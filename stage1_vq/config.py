@@ -14,12 +14,16 @@ from taming.gan.patchgan import PatchGANConfig
 from taming.training.config import OptimizerConfig, TrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
+InputKind = Literal["image", "segmentation", "depth", "edges", "condition_image"]
 
 
 class VQModelConfig(Config):
     """The published autoencoder (Esser et al. 2021, arXiv:2012.09841); config.json holds it."""
 
+    input: InputKind = "image"
+    """What is tokenized (see stage1_vq.inputs): a key of the batch, or the edges of its picture."""
     in_channels: Positive = 3
+    """Of segmentation the number of labels; of depth and edges 1."""
     resolution: Positive = 256
     """The size that `attention_resolutions` refers to; pictures of any other size pass as well."""
     channels: Positive = 128
@@ -42,6 +46,8 @@ class VQModelConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> VQModelConfig:
+        if self.input in ("depth", "edges") and self.in_channels != 1:
+            raise ValueError(f"input {self.input} has one channel, not {self.in_channels}; set in_channels: 1")
         for multiplier in self.channel_multipliers:
             if (self.channels * multiplier) % self.norm_num_groups:
                 raise ValueError(
@@ -61,7 +67,8 @@ class VQModelConfig(Config):
 class LossConfig(Config):
     """Reconstruction and perceptual terms; the quantizer and the discriminator bring their own."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
+    reconstruction: Literal["l1", "l2", "bce"] = "l1"
+    """bce: binary cross-entropy with logits over one-hot labels, for segmentation and only for it."""
     pixel_weight: float = Field(default=1.0, ge=0)
     perceptual_weight: float = Field(default=1.0, ge=0)
     """Weight of LPIPS with VGG16 (Zhang et al. 2018, arXiv:1801.03924); 0 needs no VGG weights."""
@@ -121,3 +128,18 @@ class VQTrainConfig(Config):
     training: TrainingConfig
     init_from: str | None = None
     """A saved model (folder, run or hub id) of the same model config, whose weights are the start."""
+
+    @model_validator(mode="after")
+    def _suits_the_input(self) -> VQTrainConfig:
+        labels = self.model.input == "segmentation"
+        if labels != (self.loss.reconstruction == "bce"):
+            wanted = "bce" if labels else "l1 or l2"
+            raise ValueError(
+                f"loss.reconstruction {self.loss.reconstruction} does not suit model.input "
+                f"{self.model.input}; set it to {wanted}"
+            )
+        if labels and self.loss.perceptual_weight:
+            raise ValueError("label maps have no perceptual loss: set loss.perceptual_weight to 0")
+        if labels and self.discriminator is not None:
+            raise ValueError("a discriminator judges pictures, not label maps: set discriminator to null")
+        return self
