@@ -1,0 +1,84 @@
+"""Edge maps of pictures (Canny 1986), as a tokenizer or a condition takes them.
+
+Axes: B pictures, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIGMA = 1.0
+"""Of the Gaussian that goes first, in pixels."""
+LOW, HIGH = 0.03, 0.08
+"""Slopes in luminance (of [0, 1]) per pixel: from HIGH on a pixel is an edge, from LOW on it continues one."""
+
+
+def canny(images: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1] -> edges (B, 1, H, W) float32, 1 on an edge and -1 elsewhere.
+
+    Canny's steps on the luminance (BT.601 of three channels or the first three; the mean of any other count):
+    Gaussian, Sobel slopes, only the ridge of the slope across each edge, and hysteresis between LOW and HIGH.
+    A function of the picture alone. Raises ValueError for pictures of fewer than two pixels a side.
+    """
+    if images.ndim != 4 or min(images.shape[2:]) < 2:
+        raise ValueError(f"edges need pictures (B, C, H, W) of at least 2x2 pixels, not {tuple(images.shape)}")
+    with torch.autocast(images.device.type, enabled=False):
+        slope_y, slope_x = _slopes(_smooth((_luminance(images.float()) + 1) / 2))
+        strength = torch.hypot(slope_y, slope_x)
+        ridge = _is_ridge(strength, slope_y, slope_x)
+        weak, strong = ridge & (strength >= LOW), ridge & (strength >= HIGH)
+        return _connected(strong, weak).float() * 2 - 1
+
+
+def _luminance(images: Tensor) -> Tensor:
+    if images.shape[1] in (3, 4):
+        weights = images.new_tensor([0.299, 0.587, 0.114])
+        return (images[:, :3] * weights[:, None, None]).sum(1, keepdim=True)
+    return images.mean(1, keepdim=True)
+
+
+def _smooth(grey: Tensor) -> Tensor:
+    radius = math.ceil(3 * SIGMA)
+    places = torch.arange(-radius, radius + 1, device=grey.device, dtype=grey.dtype)
+    kernel = torch.exp(-0.5 * (places / SIGMA) ** 2)
+    kernel = kernel / kernel.sum()
+    grey = F.pad(grey, (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(grey, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+
+
+def _slopes(grey: Tensor) -> tuple[Tensor, Tensor]:
+    """Change per pixel along y and x, (B, 1, H, W) each."""
+    sobel = grey.new_tensor([[-1, -2, -1], [0, 0, 0], [1, 2, 1]]) / 8
+    both = F.conv2d(F.pad(grey, (1,) * 4, mode="replicate"), torch.stack((sobel, sobel.t()))[:, None])
+    return both[:, :1], both[:, 1:]
+
+
+def _is_ridge(strength: Tensor, slope_y: Tensor, slope_x: Tensor) -> Tensor:
+    """Whether the slope is largest among itself and its two neighbours in its own direction."""
+    height, width = strength.shape[2:]
+    padded = F.pad(strength, (1,) * 4)
+
+    def shifted(dy: int, dx: int) -> Tensor:
+        return padded[..., 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+
+    # Four directions, each of 45 degrees; a ridge of two equal pixels keeps the first.
+    angle = torch.atan2(slope_y, slope_x) % math.pi
+    sector = (angle / (math.pi / 4)).round().long() % 4
+    ridge = torch.zeros_like(strength, dtype=torch.bool)
+    for number, (dy, dx) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
+        peak = (strength > shifted(-dy, -dx)) & (strength >= shifted(dy, dx))
+        ridge |= (sector == number) & peak
+    return ridge
+
+
+def _connected(strong: Tensor, weak: Tensor) -> Tensor:
+    """Weak pixels that reach a strong one over weak pixels, along rows, columns and diagonals."""
+    while True:
+        grown = (F.max_pool2d(strong.float(), 3, stride=1, padding=1) > 0) & weak | strong
+        if torch.equal(grown, strong):
+            return strong
+        strong = grown
