@@ -20,11 +20,16 @@ KEYS = (*PICTURES, *MAPS, "codes", "label", "objects", "text", "key")
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Samples of one dataset -> a batch: arrays stacked, whole numbers as int64, the rest as lists."""
+    """Samples of one dataset -> a batch: arrays stacked, whole numbers as int64, the rest as lists.
+
+    Pictures of 8 and of 16 bits in one batch become float in [-1, 1].
+    """
     batch: Batch = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         if isinstance(first, Tensor):
+            if len({value.dtype for value in values}) > 1:
+                values = [_to_float(value) for value in values]
             batch[name] = torch.stack(values)
         elif isinstance(first, int):
             batch[name] = torch.tensor(values, dtype=torch.int64)
@@ -42,14 +47,16 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
             continue
         tensor = value.to(device, non_blocking=True)
         if name in PICTURES:
-            moved[name] = (
-                tensor.float().div_(127.5).sub_(1.0) if tensor.dtype == torch.uint8 else tensor.float()
-            )
+            moved[name] = _to_float(tensor)
         elif name == "depth":
             moved[name] = tensor.float()
         else:
             moved[name] = tensor.long()
     return moved
+
+
+def _to_float(pixels: Tensor) -> Tensor:
+    return pixels.float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels.float()
 
 
 def validate_batch(batch: Batch, required: Collection[str]) -> None:

@@ -33,17 +33,27 @@ class ScenesDataConfig(Config):
     def height_width(self) -> tuple[int, int]:
         return _height_width(self.size)
 
+    @property
+    def gives(self) -> dict[str, int]:
+        """Key of a batch -> channels, of pictures and maps; of segmentation the number of labels."""
+        from taming.data.scenes import LABEL_NAMES
+
+        return {"image": 3, "segmentation": len(LABEL_NAMES), "depth": 1}
+
 
 class FolderDataConfig(Config):
     """A folder of pictures of any size, mode and aspect, with maps in folders beside it.
 
-    Maps belong to the picture of the same relative name, whatever their suffixes.
+    Maps belong to the picture of the same relative name, whatever their suffixes. A folder without pictures
+    may hold .npy arrays (C, H, W) in their place: uint8, uint16, or float32 in [-1, 1].
     """
 
     kind: Literal["folder"] = "folder"
     root: Path
     images: str | None = None
     """Folder of the pictures under root; by default root/images if there is one, else root itself."""
+    channels: int = Field(3, ge=1)
+    """Pictures are read as grey (1; 16 bits are kept), RGB (3) or RGBA (4); arrays have any number."""
     segmentation: str | None = None
     """Folder under root with one label map a picture: grey, 16-bit grey or palette, value = label."""
     num_labels: int | None = Field(None, ge=1)
@@ -52,6 +62,8 @@ class FolderDataConfig(Config):
     """Folder under root with one inverse-depth map a picture: 8 or 16-bit grey, white is nearest."""
     condition_image: str | None = None
     """Folder under root with a second picture for each picture."""
+    condition_channels: int = Field(3, ge=1)
+    """As `channels`, of the second pictures."""
     class_labels: bool = False
     """The first-level sub-folders of the picture folder are the classes."""
     size: Size = 256
@@ -74,6 +86,18 @@ class FolderDataConfig(Config):
     @property
     def height_width(self) -> tuple[int, int]:
         return _height_width(self.size)
+
+    @property
+    def gives(self) -> dict[str, int]:
+        """Key of a batch -> channels, of pictures and maps; of segmentation the number of labels."""
+        given = {"image": self.channels}
+        if self.segmentation is not None and self.num_labels is not None:
+            given["segmentation"] = self.num_labels
+        if self.depth is not None:
+            given["depth"] = 1
+        if self.condition_image is not None:
+            given["condition_image"] = self.condition_channels
+        return given
 
     @field_validator("random_scale")
     @classmethod

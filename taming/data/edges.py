@@ -14,7 +14,7 @@ from torch import Tensor
 SIGMA = 1.0
 """Of the Gaussian that goes first, in pixels."""
 LOW, HIGH = 0.03, 0.08
-"""Slopes in luminance (of [0, 1]) per pixel: from HIGH on a pixel is an edge, from LOW on it continues one."""
+"""Slopes in luminance, of [0, 1], per pixel: an edge starts from HIGH on and goes on from LOW on."""
 
 
 def canny(images: Tensor) -> Tensor:
@@ -25,7 +25,9 @@ def canny(images: Tensor) -> Tensor:
     A function of the picture alone. Raises ValueError for pictures of fewer than two pixels a side.
     """
     if images.ndim != 4 or min(images.shape[2:]) < 2:
-        raise ValueError(f"edges need pictures (B, C, H, W) of at least 2x2 pixels, not {tuple(images.shape)}")
+        raise ValueError(
+            f"edges need pictures (B, C, H, W) of at least 2x2 pixels, not {tuple(images.shape)}"
+        )
     with torch.autocast(images.device.type, enabled=False):
         slope_y, slope_x = _slopes(_smooth((_luminance(images.float()) + 1) / 2))
         strength = torch.hypot(slope_y, slope_x)

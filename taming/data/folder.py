@@ -11,25 +11,17 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
-from einops import rearrange
 
+from taming.data.channels import ARRAY_SUFFIX, read_pixel_size, read_pixels
 from taming.data.config import FolderDataConfig
 from taming.data.dataset import PictureDataset, Split
-from taming.data.picture import SUFFIXES, read_depth, read_labels, read_picture, read_size
-from taming.data.transforms import (
-    Crop,
-    choose_crop,
-    crop_depth,
-    crop_labels,
-    crop_picture,
-    needed_size,
-    uniforms,
-)
+from taming.data.picture import SUFFIXES, read_depth, read_labels, read_size
+from taming.data.transforms import Crop, choose_crop, crop_depth, crop_labels, uniforms
 from taming.errors import DataError
 
 _T = TypeVar("_T")
@@ -81,7 +73,8 @@ class FolderDataset(PictureDataset):
     def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
         entry = self.entries[index]
         crop = self._crop(entry, epoch, seed)
-        sample: dict[str, Any] = {"image": self._read(entry.path, crop), "key": entry.key}
+        channels = self.config.channels
+        sample: dict[str, Any] = {"image": self._read(entry.path, channels, crop), "key": entry.key}
         limit = self.config.max_pixels
         for kind, path in entry.maps.items():
             if kind == "segmentation":
@@ -91,7 +84,7 @@ class FolderDataset(PictureDataset):
                 depth = crop_depth(read_depth(path, max_pixels=limit), crop, self.size)
                 sample[kind] = torch.from_numpy(depth)[None]
             else:
-                sample[kind] = self._read(path, crop)
+                sample[kind] = self._read(path, self.config.condition_channels, crop)
         if entry.label is not None:
             sample["label"] = entry.label
         return sample
@@ -119,19 +112,21 @@ class FolderDataset(PictureDataset):
             flip=config.flip and flip < 0.5,
         )
 
-    def _read(self, path: Path, crop: Crop) -> torch.Tensor:
-        image = read_picture(path, at_least=needed_size(crop, self.size), max_pixels=self.config.max_pixels)
-        pixels = rearrange(crop_picture(image, crop, self.size), "h w c -> c h w")
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+    def _read(self, path: Path, channels: int, crop: Crop) -> torch.Tensor:
+        limit = self.config.max_pixels
+        return torch.from_numpy(read_pixels(path, channels, crop=crop, size=self.size, max_pixels=limit))
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """All pictures below a folder, in the order of their names. Raises DataError where there are none."""
+    """All pictures below a folder, or else all .npy arrays, in the order of their names.
+
+    Raises DataError where there are none.
+    """
     paths, others = _scan(folder)
     if not paths:
         raise DataError(
             f"there are no pictures in {folder} ({others} other files); pictures end in"
-            f" {', '.join(sorted(SUFFIXES))}"
+            f" {', '.join(sorted(SUFFIXES))}, arrays in {ARRAY_SUFFIX}"
         )
     return paths
 
@@ -168,8 +163,13 @@ def _folders(root: Path) -> str:
 
 
 def _scan(folder: Path) -> tuple[list[Path], int]:
-    """Pictures below a folder in the order of their names, and how many other files there are."""
-    found, others = [], 0
+    """Pictures below a folder in the order of their names, and how many other files there are.
+
+    Arrays count as pictures where there are no others.
+    """
+    found: list[Path] = []
+    arrays: list[Path] = []
+    others = 0
     visited: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in visited:  # a link to a folder above
@@ -182,9 +182,13 @@ def _scan(folder: Path) -> tuple[list[Path], int]:
                 continue
             if Path(name).suffix.lower() in SUFFIXES:
                 found.append(Path(parent, name))
+            elif Path(name).suffix.lower() == ARRAY_SUFFIX:
+                arrays.append(Path(parent, name))
             else:
                 others += 1
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix()), others
+    if found:
+        others += len(arrays)
+    return sorted(found or arrays, key=lambda path: path.relative_to(folder).as_posix()), others
 
 
 def _key(path: Path, folder: Path) -> str:
@@ -265,7 +269,8 @@ def _held_out(entries: Sequence[Entry], fraction: float) -> set[str]:
 def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Entry]:
     """Read all headers; returns the entries with their sizes."""
     limit = config.max_pixels
-    sizes = _in_threads(lambda entry: read_size(entry.path, max_pixels=limit), entries)
+    channels = config.channels
+    sizes = _in_threads(lambda entry: read_pixel_size(entry.path, channels, max_pixels=limit), entries)
     measured = [replace(entry, size=size) for entry, size in zip(entries, sizes, strict=True)]
     height, width = config.height_width
     small = [entry for entry in measured if entry.size[0] < height or entry.size[1] < width]
@@ -278,7 +283,7 @@ def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Ent
         )
     for kind in _map_kinds(config):
         paths = [entry.maps[kind] for entry in measured]
-        map_sizes = _in_threads(lambda path: read_size(path, max_pixels=limit), paths)
+        map_sizes = _in_threads(partial(_map_size, config=config, kind=kind), paths)
         for entry, size in zip(measured, map_sizes, strict=True):
             if not _same_aspect(entry.size, size):
                 raise DataError(
@@ -286,6 +291,14 @@ def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Ent
                     f" {entry.size[1]}x{entry.size[0]}: the aspects differ; make the map cover the same view"
                 )
     return measured
+
+
+def _map_size(path: Path, config: FolderDataConfig, kind: MapKind) -> tuple[int, int]:
+    if kind == "condition_image":
+        return read_pixel_size(path, config.condition_channels, max_pixels=config.max_pixels)
+    if path.suffix.lower() == ARRAY_SUFFIX:
+        raise DataError(f"map {path} is an array; save data.{kind} as 8 or 16-bit grey pictures")
+    return read_size(path, max_pixels=config.max_pixels)
 
 
 def _same_aspect(picture: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -47,12 +47,17 @@ _open_lock = threading.Lock()
 
 
 def read_picture(
-    path: str | Path, *, at_least: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    path: str | Path,
+    *,
+    at_least: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    mode: str = "RGB",
 ) -> Image.Image:
-    """The picture as 8-bit RGB, upright by its EXIF orientation; of an animation, the first frame.
+    """The picture in 8 bits, upright by its EXIF orientation; of an animation, the first frame.
 
-    16-bit grey is scaled by 1/257, not clipped. Transparent pixels are laid over white. Where `at_least`
-    (H, W) is given, a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but not below it.
+    `mode` is RGB, L or RGBA. 16-bit grey is scaled by 1/257, not clipped; as L it keeps its depth: mode F,
+    in [-1, 1]. Transparent pixels are laid over white, but for RGBA. Where `at_least` (H, W) is given, a
+    large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but not below it.
     Raises DataError, with the path and the reason, for a file that is damaged, of another format, or of
     more than `max_pixels` pixels.
     """
@@ -63,7 +68,7 @@ def read_picture(
                 height, width = width, height
             image.draft("RGB", (width, height))
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), path)
+        return _convert(ImageOps.exif_transpose(image), path, mode)
 
 
 def read_labels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -113,10 +118,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
-    """Write one picture (C, H, W) in [-1, 1], C = 1 or 3, as PNG; its folder is made."""
+    """Write one picture (C, H, W) in [-1, 1], C = 1, 3 or 4 (RGBA), as PNG; its folder is made."""
     pixels = to_uint8(image).cpu()
-    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
-        raise ValueError(f"one picture is (1 or 3, H, W), not {tuple(pixels.shape)}")
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
+        raise ValueError(f"one picture is (1, 3 or 4, H, W), not {tuple(pixels.shape)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = pixels[0].numpy() if pixels.shape[0] == 1 else rearrange(pixels, "c h w -> h w c").numpy()
@@ -180,24 +185,29 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _convert(image: Image.Image, path: str | Path, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _grey_to_rgb(image, path)
+        values = _deep_grey(image, path)
+        if mode == "L":
+            return Image.fromarray(values.astype(np.float32) / 32767.5 - 1)
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert(mode)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         image = image.convert("RGBA")
+        if mode == "RGBA":
+            return image
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, image).convert("RGB").convert(mode)
+    return image.convert(mode) if image.mode == mode else image.convert("RGB").convert(mode)
 
 
-def _grey_to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _deep_grey(image: Image.Image, path: str | Path) -> np.ndarray:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise DataError(
             f"picture {path} is in mode {image.mode} with values from {values.min()} to {values.max()};"
             " save it with 8 or 16 bits a channel"
         )
-    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    return values

@@ -90,10 +90,19 @@ def crop_labels(labels: np.ndarray, crop: Crop, size: tuple[int, int]) -> np.nda
 
 def crop_depth(depth: np.ndarray, crop: Crop, size: tuple[int, int]) -> np.ndarray:
     """(H, W) float32, antialiased (bilinear)."""
-    image = Image.fromarray(np.ascontiguousarray(depth, dtype=np.float32))
-    cut = image.resize(
-        (size[1], size[0]), Image.Resampling.BILINEAR, box=_box(crop, image.height, image.width)
-    )
+    return crop_plane(depth, crop, size, resampling=Image.Resampling.BILINEAR)
+
+
+def crop_plane(
+    plane: np.ndarray,
+    crop: Crop,
+    size: tuple[int, int],
+    *,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """(H, W) float32 from a plane of real numbers, antialiased; bicubic overshoots."""
+    image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
+    cut = image.resize((size[1], size[0]), resampling, box=_box(crop, image.height, image.width))
     return _mirror(np.asarray(cut), crop)
 
 

@@ -1,0 +1,105 @@
+"""Pictures of any number of channels and any depth: grey, RGB and RGBA files, and .npy arrays.
+
+Axes: C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+
+from taming.data.picture import MAX_PIXELS, read_picture, read_size
+from taming.data.transforms import Crop, crop_picture, crop_plane, needed_size
+from taming.errors import DataError
+
+ARRAY_SUFFIX = ".npy"
+FILE_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+"""What picture files can be read as."""
+
+
+def read_pixels(
+    path: str | Path,
+    channels: int,
+    *,
+    crop: Crop | None = None,
+    size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """A picture or array as (C, H, W): uint8, or float32 in [-1, 1] where the file holds more than 8 bits.
+
+    Of picture files `channels` is 1 (16-bit grey keeps its depth), 3 or 4 (opaque where there is no alpha).
+    An array is (C, H, W) uint8, uint16, or float32 in [-1, 1], never a pickle. With `crop` the box is cut
+    out and brought to `size` (H, W), antialiased (bicubic). Raises DataError.
+    """
+    if Path(path).suffix.lower() == ARRAY_SUFFIX:
+        return _cut(_read_array(path, channels, max_pixels), crop, size)
+    mode = file_mode(path, channels)
+    at_least = None if crop is None or size is None else needed_size(crop, size)
+    image = read_picture(path, at_least=at_least, max_pixels=max_pixels, mode=mode)
+    if image.mode == "F":  # deep grey
+        return _cut(np.asarray(image)[None], crop, size)
+    pixels = np.asarray(image) if crop is None or size is None else crop_picture(image, crop, size)
+    planes = pixels[None] if pixels.ndim == 2 else rearrange(pixels, "h w c -> c h w")
+    return np.ascontiguousarray(planes)
+
+
+def read_pixel_size(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) from the file's header alone, once it is sure to give `channels`. Raises DataError."""
+    if Path(path).suffix.lower() == ARRAY_SUFFIX:
+        _, height, width = _open_array(path, channels, max_pixels).shape
+        return height, width
+    file_mode(path, channels)
+    return read_size(path, max_pixels=max_pixels)
+
+
+def file_mode(path: str | Path, channels: int) -> str:
+    """Pillow's name for a picture file of so many channels. Raises DataError where there is none."""
+    if channels not in FILE_CHANNELS:
+        raise DataError(
+            f"picture {path} can be read with 1, 3 or 4 channels, not {channels}; save other counts as"
+            f" {ARRAY_SUFFIX} arrays (C, H, W)"
+        )
+    return FILE_CHANNELS[channels]
+
+
+def _open_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
+    """The array as it lies in its file, mapped, its header checked."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"array {path} cannot be read: {error}; write it with numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[0] != channels:
+        shape = getattr(array, "shape", "several arrays")
+        raise DataError(
+            f"array {path} is {shape}, not (C, H, W) with {channels} channels; set data.channels, or "
+            "move the axis of the channels to the front"
+        )
+    if array.dtype not in (np.uint8, np.uint16, np.float32):
+        raise DataError(f"array {path} is {array.dtype}; save it as uint8, uint16, or float32 in [-1, 1]")
+    if array.shape[1] * array.shape[2] > max_pixels or not array.size:
+        raise DataError(
+            f"array {path} has {array.shape[2]}x{array.shape[1]} pixels, not 1 to data.max_pixels ="
+            f" {max_pixels}; make it smaller or raise data.max_pixels"
+        )
+    return array
+
+
+def _read_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
+    array = np.array(_open_array(path, channels, max_pixels), order="C")
+    if array.dtype == np.uint16:
+        return array.astype(np.float32) / 32767.5 - 1
+    if array.dtype == np.float32 and not (np.isfinite(array).all() and np.abs(array).max() <= 1):
+        raise DataError(f"array {path} holds values from {array.min()} to {array.max()}; scale it to [-1, 1]")
+    return array
+
+
+def _cut(planes: np.ndarray, crop: Crop | None, size: tuple[int, int] | None) -> np.ndarray:
+    if crop is None or size is None:
+        return planes
+    cut = np.stack([crop_plane(plane.astype(np.float32), crop, size) for plane in planes])
+    # Bicubic filters overshoot.
+    if planes.dtype == np.uint8:
+        return cut.round().clip(0, 255).astype(np.uint8)
+    return cut.clip(-1, 1)
