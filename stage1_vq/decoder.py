@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_vq.config import VQModelConfig
@@ -19,7 +20,8 @@ class Painted(NamedTuple):
     images: Tensor
     """(B, in_channels, H, W)."""
     features: Tensor
-    """(B, C, H, W), detached: with the gradient of `images` it gives that of the last weight."""
+    """(B, C, H/p, W/p) of patch size p, detached: with the gradient of `images` it gives that of the last
+    weight."""
 
 
 class Decoder(nn.Module):
@@ -27,7 +29,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQModelConfig) -> None:
         super().__init__()
-        self.recompute = config.recompute
+        self.recompute, self.patch_size = config.recompute, config.patch_size
         num_levels = len(config.channel_multipliers)
         width = config.channels * config.channel_multipliers[-1]
         size = config.resolution // config.downsample_factor
@@ -49,11 +51,14 @@ class Decoder(nn.Module):
             size *= 2
         self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(width, config.norm_num_groups)
-        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, config.in_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Painted:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
         features = group_norm_silu(h, self.norm_out, recompute=self.recompute)
-        return Painted(self.conv_out(features), features.detach())
+        images = self.conv_out(features)
+        if self.patch_size > 1:
+            images = F.pixel_shuffle(images, self.patch_size)
+        return Painted(images, features.detach())

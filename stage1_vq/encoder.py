@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_vq.config import VQModelConfig
@@ -60,8 +61,9 @@ class Encoder(nn.Module):
     def __init__(self, config: VQModelConfig) -> None:
         super().__init__()
         self.recompute = config.recompute
-        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
-        width, size = config.channels, config.resolution
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, config.channels, 3, padding=1)
+        width, size = config.channels, config.resolution // config.patch_size
         levels = []
         for index, multiplier in enumerate(config.channel_multipliers):
             block, attn = [], []
@@ -80,6 +82,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.patch_size > 1:
+            images = F.pixel_unshuffle(images, self.patch_size)
         h = self.conv_in(images)
         for level in self.down:
             h = level(h)

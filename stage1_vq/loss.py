@@ -65,7 +65,12 @@ def gradient_ratio(reconstruction_gradient: Tensor, adversarial_gradient: Tensor
 
 
 def last_conv_gradient(features: Tensor, conv: nn.Conv2d, gradient: Tensor) -> Tensor:
-    """Gradient of `conv.weight` from its input (B, C, H, W) and the gradient of its output (B, C', H, W)."""
+    """Gradient of `conv.weight` from its input (B, C, h, w) and the gradient of the picture (B, C', H, W).
+
+    Where the picture is larger than the input, each output position was spread over a square of pixels.
+    """
+    if gradient.shape[-1] != features.shape[-1]:
+        gradient = F.pixel_unshuffle(gradient, gradient.shape[-1] // features.shape[-1])
     weight_gradient: Tensor = torch.ops.aten.convolution_backward(
         gradient.to(features.dtype),
         features,

@@ -32,7 +32,7 @@ class VQOutput:
     """(B, C, H, W), not clamped."""
     quantizer: QuantizerOutput
     features: Tensor
-    """(B, width, H, W) detached: the input of the decoder's last convolution."""
+    """(B, width, H/p, W/p) detached, p the patch size: the input of the decoder's last convolution."""
 
 
 class VQModel(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from stage1_vq.config import VQModelConfig
+from stage1_vq.loss import last_conv_gradient
 from stage1_vq.model import VQModel
 from taming.config import build_config, read_yaml, shipped_configs
 from taming.errors import ArtifactError, ConfigError, UserError
@@ -173,3 +174,18 @@ def test_half_precision_computes_the_same_in_shipped_models(name: str) -> None:
             half, painted = model.latents(images), model.decode(codes)
     assert float((exact - half.float()).norm() / exact.norm()) < 0.05
     assert float((picture - painted).norm() / picture.norm()) < 0.1
+
+
+@pytest.mark.parametrize(("patch_size", "multipliers"), [(2, (1, 1)), (4, (1,))])
+def test_patches_of_pixels_enter_and_leave_as_one_position(patch_size: int, multipliers: tuple[int, ...]):
+    model = VQModel(small_config(patch_size=patch_size, channel_multipliers=multipliers)).eval()
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    codes = model.encode(images)
+    assert model.spec.downsample_factor == 4
+    assert codes.shape == (2, 4, 6)
+    assert model.decode(codes).shape == images.shape
+    output = model(images)
+    wanted = torch.randn_like(output.reconstruction)
+    (expected,) = torch.autograd.grad(output.reconstruction, model.last_layer, wanted)
+    found = last_conv_gradient(output.features, model.decoder.conv_out, wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
