@@ -24,7 +24,7 @@ from vector_quantize_pytorch import VectorQuantize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peak_memory import peak_bytes
 from stage1_vq.quantizers import NearestConfig, NearestQuantizer
-from stage1_vq.quantizers.nearest import nearest_codes
+from stage1_vq.quantizers.search import nearest_codes
 
 LATENTS, DIM = 2048, 256
 

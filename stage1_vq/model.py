@@ -86,7 +86,7 @@ class VQModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> codes (B, h, w) int64. Raises UserError for shapes that do not fit."""
         self._check_images(images)
-        indices: Tensor = self.quantize(self.latents(images)).indices
+        indices: Tensor = self.quantize.encode(self.latents(images))
         return indices
 
     @torch.no_grad()

@@ -77,6 +77,7 @@ class VQTask:
         Raises UserError, before anything moves, where a term is not finite.
         """
         self.model.train()
+        self.model.quantize.before_step(step, self.total_steps)
         rate = learning_rate(self.config.optimizer, step, self.total_steps)
         set_learning_rate(self._autoencoder_optimizer, rate)
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(step) else None

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from stage1_vq.quantizers.base import Quantizer
+from stage1_vq.quantizers.ema import EMAConfig, EMAQuantizer
+from stage1_vq.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from stage1_vq.quantizers.nearest import NearestConfig, NearestQuantizer
 
-__all__ = ["NearestConfig", "NearestQuantizer", "Quantizer", "QuantizerConfig", "build_quantizer"]
+__all__ = [
+    "EMAConfig",
+    "EMAQuantizer",
+    "GumbelConfig",
+    "GumbelQuantizer",
+    "NearestConfig",
+    "NearestQuantizer",
+    "Quantizer",
+    "QuantizerConfig",
+    "build_quantizer",
+]
 
-# With a second member: Annotated[NearestConfig | OtherConfig, Field(discriminator="kind")].
-QuantizerConfig = NearestConfig
+QuantizerConfig = Annotated[NearestConfig | EMAConfig | GumbelConfig, Field(discriminator="kind")]
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
@@ -16,3 +31,7 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
     match config:
         case NearestConfig():
             return NearestQuantizer(config)
+        case EMAConfig():
+            return EMAQuantizer(config)
+        case GumbelConfig():
+            return GumbelQuantizer(config)

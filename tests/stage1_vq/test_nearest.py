@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stage1_vq.quantizers import NearestConfig, NearestQuantizer, nearest
-from stage1_vq.quantizers.nearest import kmeans, nearest_codes
+from stage1_vq.quantizers import NearestConfig, NearestQuantizer, search
+from stage1_vq.quantizers.health import kmeans
+from stage1_vq.quantizers.search import nearest_codes
 
 
 @pytest.mark.parametrize(("latents", "codes", "tile"), [(7, 5, 3), (64, 33, 16), (10, 40, 64), (1, 2, 1)])
 def test_search_agrees_with_a_loop(latents: int, codes: int, tile: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(nearest, "LATENTS_PER_TILE", tile)
-    monkeypatch.setattr(nearest, "CODES_PER_TILE", tile + 1)
+    monkeypatch.setattr(search, "LATENTS_PER_TILE", tile)
+    monkeypatch.setattr(search, "CODES_PER_TILE", tile + 1)
     generator = torch.Generator().manual_seed(latents)
     z, book = torch.randn(latents, 4, generator=generator), torch.randn(codes, 4, generator=generator)
     expected = []
@@ -24,7 +25,7 @@ def test_search_agrees_with_a_loop(latents: int, codes: int, tile: int, monkeypa
 
 
 def test_search_takes_the_lower_index_on_a_tie(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(nearest, "CODES_PER_TILE", 2)
+    monkeypatch.setattr(search, "CODES_PER_TILE", 2)
     book = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 2.0], [1.0, 0.0]])
     assert nearest_codes(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), book).tolist() == [0, 1]
 
