@@ -67,23 +67,26 @@ def reconstruct(
     import torch
 
     from stage1_vq.evaluate import reconstruct
-    from stage1_vq.pictures import numbered_pictures
+    from stage1_vq.inputs import as_picture
+    from stage1_vq.pictures import numbered_inputs
     from taming.data.picture import save_png, tile
     from taming.training.distributed import pick_device
 
     tokenizer, place = _load(model), pick_device(device)
     tokenizer.to(place)
     frame = None if size is None else parse_size(size)
-    pictures = numbered_pictures(data, frame, tokenizer.spec.downsample_factor, override or [])
+    inputs = numbered_inputs(data, frame, tokenizer.config, override or [])
     empty_folder(out)
+    alpha = tokenizer.config.input != "segmentation" and tokenizer.spec.in_channels == 4
     shown: list[torch.Tensor] = []
     done = 0
     with progress_bar("reconstruct") as report:
-        for done, (total, key, image) in enumerate(pictures, 1):
-            _, painted = reconstruct(tokenizer, image[None].to(place))
-            save_png(painted[0], out / f"{key}.png")
-            if len(shown) < 16 and (not shown or shown[0].shape == image.shape):
-                shown += [image, painted[0].cpu()]
+        for done, (total, key, values) in enumerate(inputs, 1):
+            _, painted = reconstruct(tokenizer, values[None].to(place))
+            pair = [as_picture(x, tokenizer.config)[0].cpu() for x in (values[None], painted)]
+            save_png(painted[0] if alpha else pair[1], out / f"{key}.png")
+            if len(shown) < 16 and (not shown or shown[0].shape == pair[0].shape):
+                shown += pair
             report(done, total)
     sheet = torch.stack(shown[0::2] + shown[1::2])
     save_png(tile(sheet, columns=len(shown) // 2), out / "sheet.png")
@@ -166,8 +169,8 @@ def evaluate(
     if out is not None:
         with (out / "pictures.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("key", "psnr", "l1"))
-            writer.writerows(result.pictures)
+            writer.writerow(("key", *result.rows))
+            writer.writerows(zip(result.keys, *result.rows.values(), strict=True))
 
 
 def _load(source: str) -> Any:
@@ -177,7 +180,7 @@ def _load(source: str) -> Any:
 
 
 def _data(data: str, size: str | None, tokenizer: Any, overrides: list[str] | None) -> Any:
-    from taming.data.source import data_from
+    from stage1_vq.inputs import data_for
 
-    trained = tokenizer.config.resolution
-    return data_from(data, size=trained if size is None else parse_size(size), overrides=overrides or [])
+    frame = tokenizer.config.resolution if size is None else parse_size(size)
+    return data_for(tokenizer.config, data, size=frame, overrides=overrides or [])

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
@@ -160,7 +161,9 @@ def _encode_rows(
         for view in range(views):
             # Epoch -1 is the centre crop; the random views are those of epochs 0, 1, ...
             batch = to_device(dataset.batch(chunk, [view - 1] * len(chunk)), device)
-            per_view.setdefault("codes", []).append(model.encode(batch["image"]).int().cpu())
+            per_view.setdefault("codes", []).append(
+                model.encode(model_input(batch, model.config)).int().cpu()
+            )
             for key in ("segmentation", "depth"):
                 if key in batch:
                     value = batch[key].cpu()

@@ -27,11 +27,17 @@ class ReconstructionLoss(NamedTuple):
 def reconstruction_loss(
     reconstruction: Tensor, target: Tensor, config: LossConfig, perceptual: nn.Module | None
 ) -> ReconstructionLoss:
-    """pixel_weight * |x - xhat| (l1) or squared (l2) + perceptual_weight * LPIPS, means over all elements."""
-    if config.reconstruction == "l1":
-        pixels = F.l1_loss(reconstruction, target)
-    else:
-        pixels = F.mse_loss(reconstruction, target)
+    """pixel_weight * |x - xhat| (l1) or squared (l2) + perceptual_weight * LPIPS, means over all elements.
+
+    With bce the reconstruction is logits, the target one-hot: -t log s(x) - (1 - t) log(1 - s(x)).
+    """
+    match config.reconstruction:
+        case "l1":
+            pixels = F.l1_loss(reconstruction, target)
+        case "l2":
+            pixels = F.mse_loss(reconstruction, target)
+        case "bce":
+            pixels = F.binary_cross_entropy_with_logits(reconstruction, target)
     total, terms = config.pixel_weight * pixels, {"rec": pixels.detach()}
     if perceptual is not None:
         distance = perceptual(reconstruction, target)

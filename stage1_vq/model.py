@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stage1_vq.config import VQModelConfig
 from stage1_vq.decoder import Decoder
 from stage1_vq.encoder import Encoder
+from stage1_vq.inputs import one_hot
 from stage1_vq.quantizers import build_quantizer
 from taming.artifact import content_hash, load_artifact, load_state, push_artifact, save_artifact
 from taming.config import build_config
@@ -29,7 +30,7 @@ class VQOutput:
     """What one forward of the autoencoder gives."""
 
     reconstruction: Tensor
-    """(B, C, H, W), not clamped."""
+    """(B, C, H, W), not clamped; of segmentation logits."""
     quantizer: QuantizerOutput
     features: Tensor
     """(B, width, H/p, W/p) detached, p the patch size: the input of the decoder's last convolution."""
@@ -56,6 +57,7 @@ class VQModel(nn.Module):
             code_dim=self.quantize.code_dim,
             downsample_factor=self.config.downsample_factor,
             in_channels=self.config.in_channels,
+            pixel_range=(0.0, 1.0) if self.config.input == "segmentation" else (-1.0, 1.0),
         )
 
     @property
@@ -84,14 +86,22 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> codes (B, h, w) int64. Raises UserError for shapes that do not fit."""
+        """(B, C, H, W) in [-1, 1] -> codes (B, h, w) int64. Raises UserError for shapes that do not fit.
+
+        A tokenizer of segmentation takes labels (B, H, W) int64, or one-hot maps (B, L, H, W) float.
+        """
+        if self.config.input == "segmentation" and images.ndim == 3 and images.dtype == torch.int64:
+            images = one_hot(images, self.config.in_channels)
         self._check_images(images)
         indices: Tensor = self.quantize.encode(self.latents(images))
         return indices
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Codes (B, h, w) in [0, K) -> pictures (B, C, h f, w f) float, about [-1, 1], not clamped."""
+        """Codes (B, h, w) in [0, K) -> pictures (B, C, h f, w f) float, about [-1, 1], not clamped.
+
+        A tokenizer of segmentation gives logits (B, L, h f, w f): their argmax over L is the map.
+        """
         self._check_indices(indices)
         z = self.post_quant_conv(self.quantize.lookup(indices))
         images: Tensor = self.decoder(self._layout(z)).images
@@ -119,6 +129,7 @@ class VQModel(nn.Module):
             "codebook_size": spec.codebook_size,
             "code_dim": spec.code_dim,
             "downsample_factor": spec.downsample_factor,
+            "input": self.config.input,
             "in_channels": spec.in_channels,
             "pixel_range": list(spec.pixel_range),
         }
@@ -138,8 +149,10 @@ class VQModel(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         channels = self.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
+            labels = ", or labels (B, H, W) int64" if self.config.input == "segmentation" else ""
             raise UserError(
-                f"pictures have shape {tuple(images.shape)}; this tokenizer takes (B, {channels}, H, W)"
+                f"pictures have shape {tuple(images.shape)}; this tokenizer of {self.config.input} takes "
+                f"(B, {channels}, H, W){labels}"
             )
         if not images.is_floating_point():
             raise UserError(f"pictures are {images.dtype}; give float in [-1, 1], which is uint8 / 127.5 - 1")

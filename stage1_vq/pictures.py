@@ -5,54 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from stage1_vq.config import VQModelConfig
+from stage1_vq.inputs import data_for, model_input, read_input
+from taming.data.batch import to_device
 from taming.data.folder import list_pictures
-from taming.data.picture import read_picture
-from taming.data.source import data_from, open_split
-from taming.errors import UserError
+from taming.data.source import open_split
 
 
-def numbered_pictures(
-    source: str, size: tuple[int, int] | None, factor: int, overrides: Sequence[str] = ()
+def numbered_inputs(
+    source: str, size: tuple[int, int] | None, config: VQModelConfig, overrides: Sequence[str] = ()
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """(how many in all, key, picture (3, H, W) in [-1, 1]) of a folder, a config's data or "scenes".
+    """(how many in all, key, the model's input (C, H, W)) of a folder, a config's data or "scenes".
 
-    Pictures of a folder keep their own size where `size` is None, cropped about the centre to multiples of
-    `factor`. Raises UserError.
+    Files of a folder keep their own size where `size` is None, cropped about the centre to whole cells.
+    Raises UserError.
     """
     folder = Path(source)
     if size is None and folder.is_dir() and not overrides:
         paths = list_pictures(folder)
         return (
-            (len(paths), path.relative_to(folder).with_suffix("").as_posix(), read_cropped(path, factor))
+            (len(paths), path.relative_to(folder).with_suffix("").as_posix(), read_input(path, config))
             for path in paths
         )
-    dataset = open_split(data_from(source, size=size or (64, 64), overrides=overrides), "all")
+    dataset = open_split(data_for(config, source, size=size or config.resolution, overrides=overrides), "all")
 
     def samples() -> Iterator[tuple[int, str, Tensor]]:
         for index in range(len(dataset)):
-            sample = dataset.sample(index, -1)
-            yield len(dataset), sample["key"], to_float(sample["image"])
+            batch = to_device(dataset.batch([index], [-1]), "cpu")
+            yield len(dataset), batch["key"][0], model_input(batch, config)[0]
 
     return samples()
-
-
-def read_cropped(path: Path, factor: int) -> Tensor:
-    """A picture (3, H, W) in [-1, 1], cropped about its centre to multiples of `factor`."""
-    pixels = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)
-    height, width = (side // factor * factor for side in pixels.shape[1:])
-    if not height or not width:
-        raise UserError(
-            f"picture {path} is {pixels.shape[1]}x{pixels.shape[2]}, smaller than one cell of "
-            f"{factor}x{factor} pixels; remove it or enlarge it"
-        )
-    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    return to_float(pixels[:, top : top + height, left : left + width])
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1

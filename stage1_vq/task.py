@@ -19,13 +19,15 @@ from torch.optim import AdamW, Optimizer
 
 from stage1_vq.adversary import Adversary
 from stage1_vq.config import VQTrainConfig
+from stage1_vq.evaluate import reconstruct
+from stage1_vq.figures import Distance, ReconstructionFigures
+from stage1_vq.inputs import as_picture, model_input
 from stage1_vq.loss import reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
-from taming.collective import mean_over_processes, sum_over_processes
+from taming.collective import mean_over_processes
 from taming.errors import UserError
 from taming.metrics.codebook import count_codes, perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
-from taming.metrics.psnr import psnr
 from taming.training.distributed import reduced_if
 from taming.training.ema import Ema
 from taming.training.schedule import learning_rate, set_learning_rate
@@ -89,7 +91,8 @@ class VQTask:
         share = 1 / len(micro_batches)
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
-            for name, value in self._accumulate(batch["image"], step, share, last, adversary).items():
+            inputs = model_input(batch, self.config.model)
+            for name, value in self._accumulate(inputs, step, share, last, adversary).items():
                 logs[name] = logs.get(name, 0) + share * value
         values = mean_over_processes(torch.stack([value.float() for value in logs.values()]))
         logs = dict(zip(logs, values.unbind(), strict=True))
@@ -144,45 +147,30 @@ class VQTask:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """psnr, l1, code_usage and perplexity over all pictures and, where it is trained on, perceptual."""
+        """The figures of `taming vq eval` over all pictures, and perceptual where it is trained on."""
         model = self._evaluated()
-        device = self.accelerator.device
-        counts = torch.zeros(model.quantize.codebook_size, dtype=torch.int64, device=device)
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        perceptual = self.perceptual
+        distances: dict[str, Distance] = {}
+        if perceptual is not None:
+            distances["perceptual"] = lambda found, wanted: perceptual(found, wanted).expand(len(found))
+        figures = ReconstructionFigures(
+            self.config.model, model.quantize.codebook_size, self.accelerator.device, distances
+        )
         for batch in batches:
-            images = batch["image"]
-            output = model(images)
-            reconstruction = output.reconstruction.float().clamp(-1, 1)
-            counts += count_codes(output.quantizer.indices, len(counts))
-            perceptual = self.perceptual(reconstruction, images) if self.perceptual is not None else 0.0
-            sums[0] += len(images)
-            sums[1] += psnr(reconstruction, images).sum()
-            sums[2] += (reconstruction - images).abs().flatten(1).mean(1).sum()
-            sums[3] += perceptual * len(images)
-        counts, sums = sum_over_processes(counts), sum_over_processes(sums)
-        pictures, total_psnr, total_l1, total_perceptual = sums.tolist()
-        if not pictures:
-            raise UserError(
-                "there are no validation pictures to evaluate on; give more data or a validation split"
-            )
-        figures = {
-            "psnr": total_psnr / pictures,
-            "l1": total_l1 / pictures,
-            "code_usage": float(usage(counts)),
-            "perplexity": float(perplexity(counts)),
-        }
-        if self.perceptual is not None:
-            figures["perceptual"] = total_perceptual / pictures
-        return figures
+            inputs = model_input(batch, self.config.model)
+            codes, found = reconstruct(model, inputs)
+            figures.add(inputs, found, codes)
+        return figures.means()
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:
-        """Inputs over their reconstructions, (C, H, W) in [-1, 1]."""
+        """Inputs over their reconstructions, (1 or 3, H, W) in [-1, 1]."""
         from taming.data.picture import tile
 
-        images = batch["image"]
-        rows = torch.cat((images, self._evaluated()(images).reconstruction.float().clamp(-1, 1)))
-        return tile(rows.cpu(), columns=len(images))
+        inputs = model_input(batch, self.config.model)
+        _, found = reconstruct(self._evaluated(), inputs)
+        rows = [as_picture(values, self.config.model).cpu() for values in (inputs, found)]
+        return tile(torch.cat(rows), columns=len(inputs))
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything that has state, unwrapped, by name."""

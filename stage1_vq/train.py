@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stage1_vq.config import VQTrainConfig
+from stage1_vq.inputs import check_input
 from stage1_vq.model import VQModel
 from stage1_vq.task import VQTask
 from taming.data.dataset import PictureDataset
@@ -45,10 +46,7 @@ def check(config: VQTrainConfig) -> None:
                 f"data.size: {name} {pixels} is not divisible by the model's downsample factor {factor}; "
                 f"use {max(pixels // factor, 1) * factor} or {(pixels // factor + 1) * factor}"
             )
-    if config.model.in_channels != 3:
-        raise UserError(
-            f"model.in_channels {config.model.in_channels}: pictures have 3 channels; set it to 3"
-        )
+    check_input(config.model, config.data.gives)
 
 
 def describe(config: VQTrainConfig) -> dict[str, str]:

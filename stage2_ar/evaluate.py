@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stage1_vq.inputs import model_input
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.transformer import code_log_likelihood
 from taming.data.batch import to_device
@@ -31,7 +32,7 @@ def evaluate_pipeline(
     nats, cells, pictures, pixels = 0.0, 0, 0, 0
     for batch in evaluation_batches(dataset, batch_size=batch_size):
         batch = to_device(batch, pipe.device)
-        codes = pipe.tokenizer.encode(batch["image"])
+        codes = pipe.tokenizer.encode(model_input(batch, pipe.tokenizer.config))
         nats -= float(code_log_likelihood(pipe.model(codes, batch), codes.flatten(1)).sum())
         cells, pictures = cells + codes.numel(), pictures + len(codes)
         pixels += batch["image"][:, 0].numel()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from stage1_vq import VQModel
+from stage1_vq.inputs import as_picture, model_input, restored
 from stage2_ar.config import ARModelConfig, ARTrainConfig
 from stage2_ar.model import ARModel
 from stage2_ar.pipeline import ARPipeline
@@ -130,7 +131,9 @@ class ARTask:
         prefix = model.condition({**batch, "codes": codes}, grid)
         uniforms = picture_uniforms(0, 0, len(codes), grid[0] * grid[1])
         sampled = sample_codes(model.transformer, prefix, None, grid, uniforms, SamplingSettings())
-        rows = [self.tokenizer.decode(part).clamp(-1, 1).cpu() for part in (codes, sampled)]
+        config = self.tokenizer.config
+        painted = [restored(self.tokenizer.decode(part), config) for part in (codes, sampled)]
+        rows = [as_picture(part, config).cpu() for part in painted]
         if "segmentation" in batch and rows[0].shape[1] == 3:
             rows.insert(0, paint_labels(batch["segmentation"].cpu()))
         return tile(torch.cat(rows), columns=len(codes))
@@ -150,8 +153,10 @@ class ARTask:
 
     def _codes(self, batch: Batch) -> Tensor:
         """(B, h, w): stored ones, or the pictures' own. Always encoded in fp32, as the pipeline does."""
-        codes: Tensor = batch["codes"] if "codes" in batch else self.tokenizer.encode(batch["image"])
-        return codes
+        if "codes" in batch:
+            codes: Tensor = batch["codes"]
+            return codes
+        return self.tokenizer.encode(model_input(batch, self.tokenizer.config))
 
     def _evaluated(self) -> ARModel:
         model = self.model if self.ema is None else self.ema.module
