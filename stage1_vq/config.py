@@ -131,10 +131,17 @@ class VQTrainConfig(Config):
     optimizer: VQOptimizerConfig
     training: TrainingConfig
     init_from: str | None = None
-    """A saved model (folder, run or hub id) of the same model config, whose weights are the start."""
+    """A saved model (folder, run or hub id) whose weights are the start. Resolution, dropout and what only
+    concerns training may differ; what changes the shapes or the meaning of weights may not."""
+    train_only: Literal["decoder"] | None = None
+    """decoder: encoder and codebook stay as in init_from, so that codes made with it keep their meaning."""
 
     @model_validator(mode="after")
     def _suits_the_input(self) -> VQTrainConfig:
+        if self.train_only is not None and self.init_from is None:
+            raise ValueError(
+                f"train_only {self.train_only} holds the rest of a model still: say which with init_from"
+            )
         labels = self.model.input == "segmentation"
         if labels != (self.loss.reconstruction == "bce"):
             wanted = "bce" if labels else "l1 or l2"

@@ -21,6 +21,7 @@ from stage1_vq.adversary import Adversary
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.evaluate import reconstruct
 from stage1_vq.figures import Distance, ReconstructionFigures
+from stage1_vq.fine_tuning import hold_codes, start_from, train_decoder_only
 from stage1_vq.inputs import as_picture, model_input
 from stage1_vq.loss import reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
@@ -44,7 +45,9 @@ class VQTask:
         self.config = config
         self.model = VQModel(config.model)
         if config.init_from is not None:
-            self._start_from(config.init_from)
+            start_from(self.model, config.init_from)
+        if config.train_only == "decoder":
+            hold_codes(self.model)
         self.adversary: Adversary | None = None
         if config.discriminator is not None:
             self.adversary = Adversary(config.discriminator, config.model.in_channels)
@@ -78,8 +81,11 @@ class VQTask:
 
         Raises UserError, before anything moves, where a term is not finite.
         """
-        self.model.train()
-        self.model.quantize.before_step(step, self.total_steps)
+        if self.config.train_only == "decoder":
+            train_decoder_only(self.model)
+        else:
+            self.model.train()
+            self.model.quantize.before_step(step, self.total_steps)
         rate = learning_rate(self.config.optimizer, step, self.total_steps)
         set_learning_rate(self._autoencoder_optimizer, rate)
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(step) else None
@@ -100,7 +106,8 @@ class VQTask:
 
         self._clip(self.model)
         self._autoencoder_optimizer.step()
-        self.model.quantize.after_step()
+        if self.config.train_only is None:
+            self.model.quantize.after_step()
         if adversary is not None:
             self._clip(adversary.discriminator)
             adversary.optimizer.step()
@@ -209,14 +216,6 @@ class VQTask:
             "optimizer.learning_rate, set training.clip_norm, or use training.precision=fp32, and resume"
         )
 
-    def _start_from(self, source: str) -> None:
-        start = VQModel.from_pretrained(source)
-        if start.config.model_copy(update={"recompute": self.config.model.recompute}) != self.config.model:
-            raise UserError(
-                f"init_from {source} has another model config than this run; copy its config to model"
-            )
-        self.model.load_state_dict(start.state_dict())
-
 
 class _Whole(nn.Module):
     """The autoencoder as the wrapper for several processes sees it."""
@@ -233,7 +232,7 @@ class _Whole(nn.Module):
 def _adam(model: nn.Module, config: VQTrainConfig) -> AdamW:
     optimizer = config.optimizer
     return AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         weight_decay=optimizer.weight_decay,

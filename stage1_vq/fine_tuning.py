@@ -1,0 +1,97 @@
+"""A run that starts from a saved tokenizer, whole, or with all but its decoder held still."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stage1_vq.config import VQModelConfig
+from stage1_vq.model import VQModel
+from taming.errors import UserError
+
+TRAINING_ONLY = frozenset(
+    {
+        "dropout",
+        "recompute",
+        "quantizer.beta",
+        "quantizer.beta_on",
+        "quantizer.decay",
+        "quantizer.epsilon",
+        "quantizer.gradient",
+        "quantizer.hard",
+        "quantizer.kl_weight",
+        "quantizer.kmeans_init",
+        "quantizer.loss_weight",
+        "quantizer.revive_after",
+        "quantizer.temperature_end",
+        "quantizer.temperature_hold_steps",
+        "quantizer.temperature_start",
+        "quantizer.temperature_steps",
+    }
+)
+"""Keys of the model's config that change neither the shape of a weight nor what it means."""
+
+HEALTH_BUFFERS = {"initialised": 1, "steps_unused": 0}
+"""Buffers that only some options have, and their value in a codebook that is in use."""
+
+ENCODING_PARTS = ("encoder", "quant_conv", "quantize")
+"""What decides the codes: with `train_only: decoder` it stays as it is, bit for bit."""
+
+
+def start_from(model: VQModel, source: str) -> None:
+    """Give `model` the weights of a saved one. Raises UserError where they would not mean the same."""
+    start = VQModel.from_pretrained(source)
+    here, there = weight_facts(model.config), weight_facts(start.config)
+    differences = [
+        f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"init_from {source} has another model config than this run ({'; '.join(differences[:6])}); "
+            "copy these keys to model"
+        )
+    state, own = start.state_dict(), model.state_dict()
+    for key in own.keys() ^ state.keys():
+        name = key.rpartition(".")[2]
+        if name not in HEALTH_BUFFERS:
+            raise UserError(f"init_from {source}: {key} is on one side only; copy its config to model")
+        state.pop(key, None)
+        if key in own:
+            state[key] = torch.full_like(own[key], HEALTH_BUFFERS[name])
+    model.load_state_dict(state)
+
+
+def weight_facts(config: VQModelConfig) -> dict[str, Any]:
+    """What of a config decides the shapes and the meaning of the weights, by dotted key."""
+    values = config.model_dump(mode="json")
+    resolution = values.pop("resolution") // values["patch_size"]
+    attended = values.pop("attention_resolutions")
+    levels = range(len(config.channel_multipliers))
+    facts = {"attention at levels": [level for level in levels if resolution // 2**level in attended]}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            facts |= {f"{key}.{inner}": part for inner, part in value.items()}
+        else:
+            facts[key] = value
+    return {key: value for key, value in facts.items() if key not in TRAINING_ONLY}
+
+
+def hold_codes(model: VQModel) -> None:
+    """No gradients for what decides the codes."""
+    for part in _encoding_parts(model):
+        part.requires_grad_(False)
+
+
+def train_decoder_only(model: VQModel) -> None:
+    """Training mode for the decoder; no dropout, no moving codes before it."""
+    model.train()
+    for part in _encoding_parts(model):
+        part.eval()
+
+
+def _encoding_parts(model: VQModel) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in ENCODING_PARTS]
