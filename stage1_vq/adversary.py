@@ -1,46 +1,91 @@
-"""The second player: a discriminator, its optimiser, what it says of a reconstruction, and how it learns."""
+"""The second player: a discriminator, its optimiser, what it says of a reconstruction, and how it learns.
+
+Axes: B pictures, C channels, H W pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stage1_vq.config import AdversarialConfig
+from stage1_vq.adversarial_config import AdversarialConfig
 from stage1_vq.loss import gradient_ratio, last_conv_gradient
+from taming.gan.augment import draw_view
+from taming.gan.discriminators import build_discriminator, load_discriminator, save_discriminator
 from taming.gan.losses import discriminator_loss, generator_loss
-from taming.gan.patchgan import PatchGAN
+from taming.gan.regularisers import LeCam, gradient_penalty
 from taming.training.distributed import reduced_if
+from taming.training.guard import CollapseGuard
+from taming.training.plateau import Plateau
 from taming.training.schedule import set_learning_rate
 
 
 class Adversary:
-    """Judges reconstructions, and learns to tell them from pictures."""
+    """Judges reconstructions, and learns to tell them from pictures.
+
+    A step calls `begin_step`, for each micro-batch `begin_micro_batch`, `judge` and `teach`, steps the
+    optimiser, and ends with `end_step`.
+    """
 
     def __init__(self, config: AdversarialConfig, in_channels: int) -> None:
         self.config = config
-        self.discriminator = PatchGAN(config.network, in_channels)
+        self.discriminator = build_discriminator(config.network, in_channels)
+        self.notes: list[str] = []
+        """What the user should be told, until somebody takes it."""
+        self.lecam = LeCam(config.lecam) if config.lecam is not None else None
+        self.plateau = Plateau(config.start_on_plateau) if config.start_on_plateau is not None else None
+        self.guard: CollapseGuard | None = None
+        if config.guard is not None and config.weight:
+            self.guard = CollapseGuard(config.guard, counts=lambda step: self.factor(step) > 0)
+        parts = {"lecam": self.lecam, "plateau": self.plateau, "guard": self.guard}
+        self.state = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        """All that it remembers beside the network and its optimiser."""
+
+    def start_from(self, source: str) -> None:
+        """Take the weights of the discriminator saved beside the model `source`; notes what became of it."""
+        problem = load_discriminator(source, self.discriminator, self.config.network)
+        if problem is not None:
+            self.notes.append(f"{problem}: this run's starts anew")
+
+    def save(self, folder: Path) -> None:
+        """Write the discriminator beside the model in `folder`, so that fine-tuning can go on with it."""
+        save_discriminator(folder, self.config.network, self.discriminator)
 
     def prepare(self, accelerator: Accelerator, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Move to the device, wrap for several processes, build the optimiser."""
         self.accelerator = accelerator
         self.discriminator.to(accelerator.device)
+        self.state.to(accelerator.device)
         # A shell, since accelerate changes the forward of what it is given: the network stays as it is.
         self._both: nn.Module = accelerator.prepare_model(_RealAndFake(self.discriminator))
         self.optimizer = make_optimizer(self.discriminator)
 
     def plays(self, step: int) -> bool:
         """Whether it learns, and perhaps judges, at `step`; where not, it costs nothing."""
-        return step >= self.config.start_step
+        return step >= self._start() and (self.guard is None or self.guard.scale > 0)
+
+    def factor(self, step: int) -> float:
+        """Share in [0, 1] of its weight at `step`."""
+        if not self.plays(step):
+            return 0.0
+        if self.guard is None:
+            return self.config.factor(step - self._start())
+        return self.guard.scale * self.config.factor(step - max(self._start(), self.guard.resumed_step))
 
     def begin_step(self, rate: float) -> None:
         """Before a step in which it plays; `rate` is the autoencoder's learning rate."""
         set_learning_rate(self.optimizer, rate * self.config.learning_rate_ratio)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def begin_micro_batch(self, images: Tensor) -> None:
+        """One random view of a micro-batch for both players: a pair differs in what was painted alone."""
+        self._view = draw_view(self.config.augment, images)
 
     def judge(
         self, picture: Tensor, wanted: Tensor, features: Tensor, last_conv: nn.Conv2d, step: int
@@ -50,12 +95,13 @@ class Adversary:
         `wanted` (B, C, H, W) is the gradient of all other losses there; the weight balances both at the
         weights of `last_conv`, which made the picture of `features`. None while it only watches.
         """
-        factor = self.config.factor(step)
+        factor = self.factor(step)
         if not factor:
             return None, {}
         # Unwrapped and without weight gradients: this pass judges, it does not learn.
         with frozen(self.discriminator), self.accelerator.autocast():
-            loss = generator_loss(self.discriminator(picture).float())
+            logits = self.discriminator(self._view(picture)).float()
+        loss = generator_loss(logits, self.config.loss)
         (gradient,) = torch.autograd.grad(loss, picture)
         weight = torch.ones_like(loss)
         if self.config.weight_mode == "adaptive":
@@ -63,19 +109,56 @@ class Adversary:
         weight = weight * self.config.weight
         return factor * weight * gradient, {"adversarial": loss.detach(), "adaptive_weight": weight}
 
-    def teach(self, real: Tensor, fake: Tensor, share: float, last: bool) -> dict[str, Tensor]:
-        """Its own gradients for one micro-batch, times `share`; both (B, C, H, W), detached."""
+    def teach(self, real: Tensor, fake: Tensor, step: int, share: float, *, last: bool) -> dict[str, Tensor]:
+        """Its own gradients for one micro-batch, times `share`; both (B, C, H, W), detached.
+
+        `last`: no other micro-batch of the step follows.
+        """
+        r1 = self.config.r1
+        penalised = r1 is not None and r1.due(step)
+        real, fake = self._view(real), self._view(fake)
+        if penalised:
+            real = real.detach().requires_grad_()
         with reduced_if(last, self.accelerator, self._both):
             with self.accelerator.autocast():
                 logits_real, logits_fake = self._both(real, fake)
             logits_real, logits_fake = logits_real.float(), logits_fake.float()
             loss = discriminator_loss(logits_real, logits_fake, self.config.loss)
+            logs = {
+                "discriminator": loss.detach(),
+                "logits_real": logits_real.detach().mean(),
+                "logits_fake": logits_fake.detach().mean(),
+            }
+            # One backward for all terms: DDP exchanges gradients once.
+            if self.lecam is not None:
+                term = self.lecam(logits_real, logits_fake)
+                loss = loss + self.lecam.config.weight * term
+                logs["lecam"] = term.detach()
+            if penalised:
+                assert r1 is not None
+                penalty = gradient_penalty(logits_real, real)
+                loss = loss + r1.factor() * penalty
+                logs["r1"] = penalty.detach()
             self.accelerator.backward(share * loss)
-        return {
-            "discriminator": loss.detach(),
-            "logits_real": logits_real.detach().mean(),
-            "logits_fake": logits_fake.detach().mean(),
-        }
+        return logs
+
+    def end_step(self, step: int, logs: dict[str, Tensor], values: dict[str, float], *, last: bool) -> None:
+        """After every step, played or not; `logs` are the step's means over processes, `values` read."""
+        if self.lecam is not None and "logits_real" in logs:
+            self.lecam.update(logs["logits_real"], logs["logits_fake"])
+        waits = self.plateau is not None and step + 1 < self.config.start_step
+        if self.plateau is not None and waits and self.plateau.observe(step, values["nll"]):
+            window, share = self.plateau.config.window, self.plateau.config.share
+            self.notes.append(
+                f"the loss fell by less than {share:.1%} over {window} steps: the discriminator starts"
+            )
+        if self.guard is not None:
+            self.guard.observe(step, values["rec"], values.get("blind", 0.0), last=last)
+
+    def _start(self) -> int:
+        if self.plateau is not None and self.plateau.reached >= 0:
+            return min(self.plateau.reached, self.config.start_step)
+        return self.config.start_step
 
 
 class _RealAndFake(nn.Module):

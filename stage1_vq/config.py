@@ -6,11 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stage1_vq.adversarial_config import AdversarialConfig
 from stage1_vq.quantizers import NearestConfig, QuantizerConfig
 from taming.config import Config
 from taming.data.config import DataConfig
-from taming.gan.losses import AdversarialLoss
-from taming.gan.patchgan import PatchGANConfig
 from taming.training.config import OptimizerConfig, TrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -50,7 +49,9 @@ class VQModelConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> VQModelConfig:
         if self.input in ("depth", "edges") and self.in_channels != 1:
-            raise ValueError(f"input {self.input} has one channel, not {self.in_channels}; set in_channels: 1")
+            raise ValueError(
+                f"input {self.input} has one channel, not {self.in_channels}; set in_channels: 1"
+            )
         for multiplier in self.channel_multipliers:
             if (self.channels * multiplier) % self.norm_num_groups:
                 raise ValueError(
@@ -81,35 +82,6 @@ class LossConfig(Config):
     to a cosine of 0.99, and a small step takes two thirds of the time); they are compared in fp32."""
     vgg_weights: str | None = None
     """A file of torchvision's VGG16 weights; null: torchvision's cache, or its download."""
-
-
-DiscriminatorConfig = PatchGANConfig
-"""The networks that can judge; with a second one, a union tagged by `kind`."""
-
-
-class AdversarialConfig(Config):
-    """The second player, and when it plays."""
-
-    network: DiscriminatorConfig = PatchGANConfig()
-    loss: AdversarialLoss = "hinge"
-    weight: float = Field(default=0.8, ge=0)
-    weight_mode: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: times the ratio of both losses' gradients at the decoder's last layer."""
-    start_step: int = Field(default=0, ge=0)
-    """From this step on the discriminator learns; before, it costs nothing."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps that it learns before its judgement reaches the decoder."""
-    ramp_steps: int = Field(default=0, ge=0)
-    """Steps over which that judgement then grows to its full weight."""
-    learning_rate_ratio: float = Field(default=1.0, gt=0)
-    """Its learning rate as a multiple of the autoencoder's."""
-
-    def factor(self, step: int) -> float:
-        """Share in [0, 1] of the adversarial loss that reaches the decoder at `step`."""
-        since = step - self.start_step - self.warmup_steps
-        if since < 0:
-            return 0.0
-        return min(1.0, (since + 1) / (self.ramp_steps + 1))
 
 
 class VQOptimizerConfig(OptimizerConfig):

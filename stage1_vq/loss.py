@@ -46,6 +46,14 @@ def reconstruction_loss(
     return ReconstructionLoss(total, terms)
 
 
+def blind_error(target: Tensor, config: LossConfig) -> Tensor:
+    """The unweighted pixel term of painting each picture (B, C, H, W) in its mean colour, ()."""
+    mean = target.mean((2, 3), keepdim=True)
+    if config.reconstruction == "bce":
+        mean = torch.logit(mean, eps=1e-6)
+    return reconstruction_loss(mean.expand_as(target), target, config, None).terms["rec"]
+
+
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """Balance both losses at the decoder's last layer (Esser et al. 2021, Eq. 7).
 

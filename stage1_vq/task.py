@@ -8,6 +8,7 @@ encoder once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from stage1_vq.evaluate import reconstruct
 from stage1_vq.figures import Distance, ReconstructionFigures
 from stage1_vq.fine_tuning import hold_codes, start_from, train_decoder_only
 from stage1_vq.inputs import as_picture, model_input
-from stage1_vq.loss import reconstruction_loss
+from stage1_vq.loss import blind_error, reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
 from taming.collective import mean_over_processes
 from taming.errors import UserError
@@ -31,6 +32,7 @@ from taming.metrics.codebook import count_codes, perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
 from taming.training.distributed import reduced_if
 from taming.training.ema import Ema
+from taming.training.guard import CollapseGuard
 from taming.training.schedule import learning_rate, set_learning_rate
 from taming.types import Batch
 
@@ -51,6 +53,8 @@ class VQTask:
         self.adversary: Adversary | None = None
         if config.discriminator is not None:
             self.adversary = Adversary(config.discriminator, config.model.in_channels)
+            if config.init_from is not None:
+                self.adversary.start_from(config.init_from)
         self.perceptual = perceptual
         if self.perceptual is None and config.loss.perceptual_weight:
             if config.model.in_channels not in (1, 3):
@@ -79,7 +83,8 @@ class VQTask:
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update of both players; returns detached () values, equal on all processes.
 
-        Raises UserError, before anything moves, where a term is not finite.
+        Where a term is not finite nothing moves: the guard's `collapse` says so if it can go back; else
+        UserError is raised.
         """
         if self.config.train_only == "decoder":
             train_decoder_only(self.model)
@@ -102,7 +107,11 @@ class VQTask:
                 logs[name] = logs.get(name, 0) + share * value
         values = mean_over_processes(torch.stack([value.float() for value in logs.values()]))
         logs = dict(zip(logs, values.unbind(), strict=True))
-        self._check_finite(logs, step)
+        # The step's only wait for the device.
+        read = dict(zip(logs, values.tolist(), strict=True))
+        logs.pop("blind", None)
+        if not self._check_finite(read, step):
+            return logs
 
         self._clip(self.model)
         self._autoencoder_optimizer.step()
@@ -113,6 +122,8 @@ class VQTask:
             adversary.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
+        if self.adversary is not None:
+            self.adversary.end_step(step, logs, read, last=step + 1 == self.total_steps)
         return logs
 
     def _accumulate(
@@ -129,7 +140,7 @@ class VQTask:
         if adversary is not None:
             fake = output.reconstruction.detach()
             del output, surrogate
-            logs |= adversary.teach(images, fake, share, last)
+            logs |= adversary.teach(images, fake, step, share, last=last)
         return logs
 
     def _judge(
@@ -141,10 +152,12 @@ class VQTask:
             loss = reconstruction_loss(picture, images, self.config.loss, self.perceptual)
         (gradient,) = torch.autograd.grad(loss.total, picture)
         logs = {"nll": loss.total.detach(), **loss.terms, "codebook": output.quantizer.loss.detach()}
+        if self.guard is not None and self.guard.wants_blind:
+            logs["blind"] = blind_error(images, self.config.loss)
         if adversary is not None:
-            wish, judgement = adversary.judge(
-                picture, gradient, output.features, self.model.decoder.conv_out, step
-            )
+            adversary.begin_micro_batch(images)
+            last_conv = self.model.decoder.conv_out
+            wish, judgement = adversary.judge(picture, gradient, output.features, last_conv, step)
             gradient = gradient if wish is None else gradient + wish
             logs |= judgement
         logs |= {name: value for name, value in output.quantizer.terms.items() if name not in logs}
@@ -179,11 +192,24 @@ class VQTask:
         rows = [as_picture(values, self.config.model).cpu() for values in (inputs, found)]
         return tile(torch.cat(rows), columns=len(inputs))
 
+    @property
+    def guard(self) -> CollapseGuard | None:
+        """What watches the adversarial term, for the loop that goes back."""
+        return self.adversary.guard if self.adversary is not None else None
+
+    def notes(self) -> list[str]:
+        """What the user should be told, since the last call."""
+        if self.adversary is None or not self.adversary.notes:
+            return []
+        taken, self.adversary.notes = self.adversary.notes, []
+        return taken
+
     def modules(self) -> dict[str, nn.Module]:
         """Everything that has state, unwrapped, by name."""
         named: dict[str, nn.Module | None] = {"model": self.model, "ema": self.ema}
         if self.adversary is not None:
             named["discriminator"] = self.adversary.discriminator
+            named["adversary"] = self.adversary.state
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -194,8 +220,10 @@ class VQTask:
         return optimizers
 
     def save_model(self, folder: Path) -> None:
-        """Write the averaged model, or the model itself where none is averaged."""
+        """Write the averaged model, or the model itself where none is averaged, and the discriminator."""
         self._evaluated().save_pretrained(folder)
+        if self.adversary is not None:
+            self.adversary.save(folder)
 
     def _evaluated(self) -> VQModel:
         model = self.model if self.ema is None else self.ema.module
@@ -207,12 +235,17 @@ class VQTask:
         if self.config.training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.training.clip_norm)
 
-    def _check_finite(self, logs: dict[str, Tensor], step: int) -> None:
-        if torch.isfinite(torch.stack(list(logs.values()))).all():
-            return
-        names = [name for name, value in logs.items() if not torch.isfinite(value)]
+    def _check_finite(self, values: dict[str, float], step: int) -> bool:
+        """Whether the step can be made. Raises UserError where it cannot, and going back cannot help."""
+        names = [name for name, value in values.items() if not math.isfinite(value)]
+        if not names:
+            return True
+        what = f"{', '.join(names)} is not finite"
+        if self.guard is not None and self.guard.active and self.guard.counts(step):
+            self.guard.collapse = what
+            return False
         raise UserError(
-            f"training diverged at step {step}: {', '.join(names)} is not finite; lower "
+            f"training diverged at step {step}: {what}; lower "
             "optimizer.learning_rate, set training.clip_norm, or use training.precision=fp32, and resume"
         )
 

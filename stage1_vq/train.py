@@ -14,7 +14,7 @@ from stage1_vq.task import VQTask
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
-from taming.gan.patchgan import PatchGAN
+from taming.gan.discriminators import build_discriminator
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
@@ -58,7 +58,7 @@ def describe(config: VQTrainConfig) -> dict[str, str]:
         model = VQModel(config.model)
         networks: list[torch.nn.Module] = [model]
         if config.discriminator is not None:
-            networks.append(PatchGAN(config.discriminator.network, config.model.in_channels))
+            networks.append(build_discriminator(config.discriminator.network, config.model.in_channels))
         micro_batch = max(training.batch_size // training.accumulation, 1)
         for network in networks:
             network.eval()  # k-means and revival look at values

@@ -7,22 +7,31 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-AdversarialLoss = Literal["hinge", "vanilla"]
+AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 
 
-def generator_loss(logits_fake: Tensor) -> Tensor:
-    """-mean D(fake), () (Lim and Ye 2017, arXiv:1705.02894)."""
-    return -logits_fake.mean()
+def generator_loss(logits_fake: Tensor, kind: AdversarialLoss = "hinge") -> Tensor:
+    """What the painter minimises, ().
+
+    hinge and vanilla: -mean D(fake) (Lim and Ye 2017, arXiv:1705.02894; the published VQGAN uses it with
+    both); non_saturating: mean softplus(-D(fake)) (Goodfellow et al. 2014, arXiv:1406.2661, section 3), whose
+    pull fades where the discriminator is convinced.
+    """
+    match kind:
+        case "hinge" | "vanilla":
+            return -logits_fake.mean()
+        case "non_saturating":
+            return F.softplus(-logits_fake).mean()
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: AdversarialLoss) -> Tensor:
     """Half of the two means, ().
 
-    hinge: relu(1 - D(real)) + relu(1 + D(fake)); vanilla: softplus(-D(real)) + softplus(D(fake))
-    (Goodfellow et al. 2014, the logistic form).
+    hinge: relu(1 - D(real)) + relu(1 + D(fake)); vanilla and non_saturating: softplus(-D(real)) +
+    softplus(D(fake)) (Goodfellow et al. 2014, the logistic form).
     """
     match kind:
         case "hinge":
             return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
-        case "vanilla":
+        case "vanilla" | "non_saturating":
             return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())

@@ -8,6 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from taming.config import Config
+from taming.gan.actnorm import ActNorm
+from taming.gan.spectral_norm import SpectralConv2d
+
+Norm = Literal["batch", "actnorm", "group", "spectral", "none"]
 
 
 class PatchGANConfig(Config):
@@ -16,7 +20,14 @@ class PatchGANConfig(Config):
     kind: Literal["patchgan"] = "patchgan"
     channels: int = Field(default=64, ge=1)
     num_layers: int = Field(default=3, ge=1)
-    norm: Literal["batch", "group", "none"] = "batch"
+    norm: Norm = "batch"
+    """batch and actnorm as published; group does not mix pictures; spectral bounds each layer's gain instead
+    (Miyato et al. 2018, arXiv:1802.05957)."""
+
+    @property
+    def smallest_size(self) -> int:
+        """Pixels a side from which there is a logit."""
+        return int(3 * 2**self.num_layers)
 
 
 class PatchGAN(nn.Module):
@@ -27,22 +38,23 @@ class PatchGAN(nn.Module):
 
     def __init__(self, config: PatchGANConfig, in_channels: int = 3) -> None:
         super().__init__()
+        conv = SpectralConv2d if config.norm == "spectral" else nn.Conv2d
         width = config.channels
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [conv(in_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for index in range(1, config.num_layers + 1):
             wider = config.channels * min(2**index, 8)
             stride = 2 if index < config.num_layers else 1
             layers += [
-                # A normalisation by channel takes out any bias before it.
-                nn.Conv2d(width, wider, 4, stride, 1, bias=config.norm != "batch"),
+                # Batch normalisation takes out any bias before it.
+                conv(width, wider, 4, stride, 1, bias=config.norm != "batch"),
                 _norm(config.norm, wider),
                 nn.LeakyReLU(0.2),
             ]
             width = wider
-        layers.append(nn.Conv2d(width, 1, 4, 1, 1))
+        layers.append(conv(width, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and config.norm != "spectral":  # which divides the length out
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
                 nn.init.normal_(module.weight, 1.0, 0.02)
@@ -53,11 +65,13 @@ class PatchGAN(nn.Module):
         return logits
 
 
-def _norm(kind: Literal["batch", "group", "none"], channels: int) -> nn.Module:
+def _norm(kind: Norm, channels: int) -> nn.Module:
     match kind:
         case "batch":
             return nn.BatchNorm2d(channels)
+        case "actnorm":
+            return ActNorm(channels)
         case "group":
             return nn.GroupNorm(next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0), channels)
-        case "none":
+        case "spectral" | "none":
             return nn.Identity()

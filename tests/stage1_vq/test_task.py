@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from stage1_vq.config import AdversarialConfig, VQTrainConfig
+from stage1_vq.adversarial_config import AdversarialConfig
+from stage1_vq.config import VQTrainConfig
 from stage1_vq.loss import adaptive_weight, reconstruction_loss
 from stage1_vq.model import VQModel
 from stage1_vq.task import VQTask
@@ -138,7 +139,7 @@ def test_discriminator_starts_warms_up_and_ramps(images: Tensor):
         assert "adversarial" not in logs
     assert not torch.equal(start["main.0.weight"], task.adversary.discriminator.main[0].weight)
     assert "adversarial" in task.train_step([{"image": images}], 4)
-    factors = [settings.discriminator.factor(step) for step in range(9)]
+    factors = [task.adversary.factor(step) for step in range(9)]
     assert factors == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
 
 
@@ -181,13 +182,19 @@ def test_training_reduces_the_loss_and_the_average_follows(images: Tensor, preci
     assert task.preview({"image": images}).ndim == 3
 
 
-def test_what_is_not_finite_is_named_before_anything_moves(images: Tensor):
-    task = make_task(config(discriminator=discriminator()))
+@pytest.mark.parametrize("guarded", [False, True])
+def test_what_is_not_finite_is_named_before_anything_moves(images: Tensor, guarded: bool):
+    task = make_task(config(discriminator=discriminator() | ({} if guarded else {"guard": None})))
     before = copy.deepcopy(task.model.state_dict())
     with torch.no_grad():
         task.adversary.discriminator.main[0].weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"diverged at step 3: .*adversarial.* not finite"):
+    if guarded:
         task.train_step([{"image": images}], 3)
+        assert "adversarial" in task.guard.collapse
+        assert "not finite" in task.guard.collapse
+    else:
+        with pytest.raises(UserError, match=r"diverged at step 3: .*adversarial.* not finite"):
+            task.train_step([{"image": images}], 3)
     assert all(torch.equal(before[key], value) for key, value in task.model.state_dict().items())
 
 

@@ -1,0 +1,54 @@
+"""The networks that can judge. A new one is a file, a member of the union and a case here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from taming.artifact import load_artifact, load_state, save_artifact
+from taming.config import Config, build_config
+from taming.gan.patchgan import PatchGAN, PatchGANConfig
+from taming.gan.stylegan import StyleGANConfig, StyleGANDiscriminator
+
+ARTIFACT_KIND, FOLDER = "discriminator", "discriminator"
+"""What config.json calls a saved discriminator, and its folder beside the model that it judged."""
+
+DiscriminatorConfig = Annotated[PatchGANConfig | StyleGANConfig, Field(discriminator="kind")]
+
+
+class _Saved(Config):
+    network: DiscriminatorConfig
+
+
+def build_discriminator(config: DiscriminatorConfig, in_channels: int = 3) -> nn.Module:
+    """A fresh network: pictures (B, in_channels, H, W) -> logits (B, 1, ...), positive for real."""
+    match config:
+        case PatchGANConfig():
+            return PatchGAN(config, in_channels)
+        case StyleGANConfig():
+            return StyleGANDiscriminator(config, in_channels)
+
+
+def save_discriminator(folder: Path, config: DiscriminatorConfig, network: nn.Module) -> None:
+    """Write config.json and model.safetensors into folder/discriminator."""
+    save_artifact(folder / FOLDER, ARTIFACT_KIND, config, network.state_dict())
+
+
+def load_discriminator(source: str | Path, network: nn.Module, config: DiscriminatorConfig) -> str | None:
+    """Load the discriminator saved beside the model `source` into `network`, which is of `config`.
+
+    Returns why it stays as it is: none was saved, or one of another config; None where it was loaded.
+    Raises ArtifactError where one is there and damaged.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any((place / FOLDER).is_dir() for place in (folder, folder / "model")):
+        return f"{source} holds no discriminator"
+    values, state = load_artifact(source, ARTIFACT_KIND, subfolder=FOLDER)
+    saved = build_config(_Saved, {"network": values}, source=f"discriminator of {source}").network
+    if saved != config:
+        return f"the discriminator of {source} is of another config ({saved})"
+    load_state(network, state, source=f"{source}/{FOLDER}")
+    return None
