@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from taming.types import QuantizerOutput
 
+LARGEST_FIXED_CODEBOOK = 2**18
+"""Most codes of a method whose number is a product: one more level or stage is soon a vocabulary that no
+transformer can have."""
+
 
 @dataclass(frozen=True)
 class QuantizedRows:

@@ -68,6 +68,10 @@ class TableQuantizer(Quantizer):
             self._counts = counts if self._counts is None else self._counts + counts
             self._recent = latents
 
+    def forget(self) -> None:
+        """Drop the latents seen so far: they were not yet those that k-means should start from."""
+        self._first.clear()
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Start from k-means once enough latents were seen; afterwards revive codes that died."""
