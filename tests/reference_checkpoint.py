@@ -10,37 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+
+from stage1_vq.interop.checkpoint import read_checkpoint, tensors_of
+from stage1_vq.interop.imported import Imported
+from stage1_vq.interop.published_config import Part
+from stage1_vq.interop.taming_transformers import import_taming_transformers
 
 COMMITTED = Path(__file__).parent / "reference"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 
-class _InertCheckpointCallback:
-    """Stands in for the one class that Lightning checkpoints name; it only holds what is put in it."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def load_reference(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """(model.yaml, state dict, inputs and outputs) of a reference case; skips the test where it is absent."""
+def reference_paths(name: str) -> tuple[Path, Path, Path]:
+    """(checkpoint, model.yaml, io.safetensors) of a reference case; skips the test where it is absent."""
     committed = (COMMITTED / name).is_dir()
     folder = COMMITTED / name if committed else SHARED / name
     if not folder.is_dir():
         pytest.skip(f"no reference case at {folder}")
-    config = yaml.safe_load((folder / "model.yaml").read_text(encoding="utf-8"))
-    state = load_file(folder / "state.safetensors") if committed else load_checkpoint(folder / "model.ckpt")
-    return config, state, load_file(folder / "io.safetensors")
+    weights = "state.safetensors" if committed else "model.ckpt"
+    return folder / weights, folder / "model.yaml", folder / "io.safetensors"
+
+
+def import_reference(name: str, part: Part | None = None) -> tuple[Imported, dict[str, Tensor]]:
+    """A tokenizer of a reference case by our importer, and the case's inputs and outputs."""
+    checkpoint, config, io = reference_paths(name)
+    return import_taming_transformers(checkpoint, config=config, part=part), load_file(io)
+
+
+def load_reference(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """(model.yaml, state dict, inputs and outputs) of a reference case; skips the test where it is absent."""
+    checkpoint, config, io = reference_paths(name)
+    return yaml.safe_load(config.read_text(encoding="utf-8")), load_checkpoint(checkpoint), load_file(io)
 
 
 def load_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict of a published checkpoint, read without running any of its code."""
-    callback = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-    with torch.serialization.safe_globals([(_InertCheckpointCallback, callback)]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    return state
+    return tensors_of(read_checkpoint(path), path, "state_dict")

@@ -8,20 +8,16 @@ from torch.testing import assert_close
 from stage1_vq.config import LossConfig
 from stage1_vq.inputs import one_hot
 from stage1_vq.loss import reconstruction_loss
-from stage1_vq.model import VQModel
-from tests.oracles.test_stage1_reference import model_config
-from tests.reference_checkpoint import load_reference
+from tests.reference_checkpoint import import_reference
 
 
 def test_published_label_model_gives_its_own_codes_logits_and_loss() -> None:
-    published, state, io = load_reference("segmentation_vqgan")
-    params = published["model"]["params"]
-    config = model_config(params).model_copy(update={"input": "segmentation"})
-    assert config.in_channels == params["n_labels"]
-    model = VQModel(config)
+    result, io = import_reference("segmentation_vqgan")
+    model = result.model
+    config = model.config
+    assert (config.input, config.in_channels) == ("segmentation", 12)
     # The published state holds a colour table for its own previews.
-    model.load_state_dict({key: value for key, value in state.items() if key != "colorize"})
-    model.eval()
+    assert list(result.left_out.values()) == [("colorize",)]
     labels = io["labels"]
     assert torch.equal(model.encode(labels), io["codes"])
     maps = one_hot(labels, config.in_channels)

@@ -9,49 +9,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.testing import assert_close
 
-from stage1_vq.config import VQModelConfig, VQTrainConfig
-from stage1_vq.model import VQModel
+from stage1_vq.config import VQTrainConfig
 from stage1_vq.task import VQTask
 from taming.config import build_config
-from tests.reference_checkpoint import load_reference
-
-
-def model_config(params: dict) -> VQModelConfig:
-    """Our config for the published one's `params`."""
-    net = params["ddconfig"]
-    return VQModelConfig(
-        in_channels=net["in_channels"],
-        resolution=net["resolution"],
-        channels=net["ch"],
-        channel_multipliers=net["ch_mult"],
-        num_res_blocks=net["num_res_blocks"],
-        attention_resolutions=net["attn_resolutions"],
-        z_channels=net["z_channels"],
-        quantizer={
-            "kind": "nearest",
-            "codebook_size": params["n_embed"],
-            "code_dim": params["embed_dim"],
-            "beta_on": "codebook",
-        },
-    )
-
-
-def test_first_stage_inside_a_published_transformer():
-    published, state, io = load_reference("transformer_class")
-    model = VQModel(model_config(published["model"]["params"]["first_stage_config"]["params"]))
-    prefix = "first_stage_model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    model.eval()
-    assert torch.equal(model.encode(io["image"]).flatten(1), io["target_tokens"])
-    painted = model.decode(io["greedy_tokens"].view(2, 8, 8))
-    assert_close(painted, io["greedy_image"], rtol=0, atol=1e-4)
+from tests.reference_checkpoint import import_reference
 
 
 def test_published_model_gives_its_own_codes_and_pictures():
-    published, state, io = load_reference("vqgan")
-    model = VQModel(model_config(published["model"]["params"]))
-    model.load_state_dict(state)
-    model.eval()
+    result, io = import_reference("vqgan")
+    model = result.model
     with torch.no_grad():
         assert_close(model.latents(io["image"]), io["latent"], rtol=0, atol=1e-4)
         output = model(io["image"])
@@ -66,22 +32,65 @@ def test_published_model_gives_its_own_codes_and_pictures():
         assert_close(model.decode(io[codes]), io[picture], rtol=0, atol=1e-4)
 
 
+def test_published_gumbel_model():
+    result, io = import_reference("gumbel_vqgan")
+    model = result.model
+    assert model.config.quantizer.kind == "gumbel"
+    with torch.no_grad():
+        logits = model.quantize.proj(model.latents(io["image"]))
+    assert_close(logits, io["logits"], rtol=0, atol=1e-4)
+    assert torch.equal(model.encode(io["image"]), io["codes"])
+    assert_close(model.decode(io["codes"]), io["reconstruction"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["class", "unconditional", "coordinates", "segmentation_unmasked"])
+def test_first_stage_inside_a_published_transformer(name: str):
+    result, io = import_reference(f"transformer_{name}", "first_stage_model")
+    codes = result.model.encode(io["image"]).flatten(1)
+    codes = codes[:, z_curve(8)] if name == "segmentation_unmasked" else codes
+    assert torch.equal(codes, io["target_tokens"])
+    greedy = io["greedy_tokens"]
+    if name == "segmentation_unmasked":
+        greedy = torch.empty_like(greedy).index_copy_(1, z_curve(8), greedy)
+    assert_close(result.model.decode(greedy.view(2, 8, 8)), io["greedy_image"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["segmentation", "segmentation_unmasked"])
+def test_condition_stage_inside_a_published_transformer(name: str):
+    result, io = import_reference(f"transformer_{name}", "cond_stage_model")
+    codes = result.model.encode(io["condition"]).flatten(1)
+    assert torch.equal(codes, io["condition_tokens"])
+
+
+def z_curve(size: int) -> Tensor:
+    """Raster indices of a square grid's cells in the order of the Z curve."""
+    cells = [(row, column) for row in range(size) for column in range(size)]
+
+    def place(cell: tuple[int, int]) -> int:
+        bits = range(size.bit_length())
+        return sum(((cell[1] >> b) & 1) << 2 * b | ((cell[0] >> b) & 1) << (2 * b + 1) for b in bits)
+
+    return torch.tensor([row * size + column for row, column in sorted(cells, key=place)])
+
+
 @pytest.mark.parametrize("loss", ["hinge", "vanilla"])
 def test_one_training_step_has_the_published_losses_and_gradients(loss: str):
-    published, state, io = load_reference(f"adversarial_step_{loss}")
-    params = published["model"]["params"]["lossconfig"]["params"]
+    result, io = import_reference(f"adversarial_step_{loss}")
+    params = result.origin["lossconfig"]["params"]
+    second = result.discriminator
+    assert second is not None
+    assert (second.config.channels, second.config.num_layers) == (
+        params["disc_ndf"],
+        params["disc_num_layers"],
+    )
     config = build_config(
         VQTrainConfig,
         {
             "data": {"kind": "scenes"},
-            "model": model_config(published["model"]["params"]).model_dump(),
+            "model": result.model.config.model_dump(),
             "loss": {"perceptual_weight": 0.0},
             "discriminator": {
-                "network": {
-                    "kind": "patchgan",
-                    "channels": params["disc_ndf"],
-                    "num_layers": params["disc_num_layers"],
-                },
+                "network": second.config.model_dump(),
                 "loss": loss,
                 "weight": params["disc_weight"],
             },
@@ -90,11 +99,8 @@ def test_one_training_step_has_the_published_losses_and_gradients(loss: str):
         },
     )
     task = VQTask(config)
-    prefix = "loss.discriminator."
-    task.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("loss.")})
-    task.adversary.discriminator.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    )
+    task.model.load_state_dict(result.model.state_dict())
+    task.adversary.discriminator.load_state_dict(second.network.state_dict())
     AcceleratorState._reset_state(True)  # another test may have left another precision
     task.prepare(Accelerator(cpu=True), total_steps=1)
     logs = task.train_step([{"image": io["image"]}], step=0)
