@@ -1,0 +1,97 @@
+"""Tiny models in other programs' formats, with random weights: what the importers are tried on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from stage1_vq.config import VQModelConfig
+from stage1_vq.model import VQModel
+from taming.config import build_config
+
+SMALL: dict[str, Any] = {
+    "resolution": 16,
+    "channels": 32,
+    "channel_multipliers": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attention_resolutions": [4],
+    "z_channels": 8,
+    "quantizer": {"kind": "nearest", "codebook_size": 24, "code_dim": 4},
+}
+
+
+def small_model(**changes: Any) -> VQModel:
+    """A tokenizer (f4, 32 groups as published) whose codes lie where its latents do."""
+    torch.manual_seed(0)
+    model = VQModel(build_config(VQModelConfig, SMALL | changes)).eval()
+    spread_codes(model)
+    return model
+
+
+def spread_codes(model: VQModel) -> None:
+    """Put the codes of a table on latents of noise, so that encoding uses many of them."""
+    table = model.state_dict().get("quantize.embedding.weight")
+    if table is not None:
+        side = 4 * model.config.downsample_factor
+        with torch.no_grad():
+            noise = torch.rand(max(2, len(table) // 8), model.config.in_channels, side, side) * 2 - 1
+            latents = model.latents(noise).permute(0, 2, 3, 1).flatten(0, 2)
+            table.copy_(latents[torch.randperm(len(latents))[: len(table)]])
+
+
+def published_yaml(model: VQModel, target: str = "taming.models.vqgan.VQModel", **params: Any) -> dict:
+    """What a model.yaml of the published programs says about such a model."""
+    config = model.config
+    return {
+        "model": {
+            "base_learning_rate": 4.5e-6,
+            "target": target,
+            "params": {
+                "embed_dim": config.quantizer.code_dim,
+                "n_embed": config.quantizer.codebook_size,
+                "ddconfig": {
+                    "double_z": False,
+                    "z_channels": config.z_channels,
+                    "resolution": config.resolution,
+                    "in_channels": config.in_channels,
+                    "out_ch": config.in_channels,
+                    "ch": config.channels,
+                    "ch_mult": list(config.channel_multipliers),
+                    "num_res_blocks": config.num_res_blocks,
+                    "attn_resolutions": list(config.attention_resolutions),
+                    "dropout": 0.0,
+                },
+                "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
+                **params,
+            },
+        }
+    }
+
+
+def write_published(
+    folder: Path, state: dict[str, Any], description: dict[str, Any], **beside: Any
+) -> tuple[Path, Path]:
+    """(model.ckpt, model.yaml) as Lightning and OmegaConf write them."""
+    torch.save({"state_dict": state, "epoch": 3, "global_step": 10, **beside}, folder / "model.ckpt")
+    (folder / "model.yaml").write_text(yaml.safe_dump(description), encoding="utf-8")
+    return folder / "model.ckpt", folder / "model.yaml"
+
+
+def llamagen_state(model: VQModel) -> dict[str, Tensor]:
+    """The weights of `model` under LlamaGen's names (its tokenizer/tokenizer_image/vq_model.py)."""
+    top = len(model.config.channel_multipliers) - 1
+    state = {}
+    for key, value in model.state_dict().items():
+        name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.conv_blocks.\1.", key)
+        if match := re.match(r"decoder\.up\.(\d+)\.(.+)", key):
+            name = f"decoder.conv_blocks.{top - int(match[1])}.{match[2]}"
+        name = re.sub(r"(conv_blocks\.\d+)\.block\.", r"\1.res.", name)
+        for index, part in enumerate(("block_1", "attn_1", "block_2")):
+            name = name.replace(f".mid.{part}.", f".mid.{index}.")
+        state[name] = value
+    return state | {"quantize.codebook_used": torch.zeros(65536)}
