@@ -49,6 +49,9 @@ def model_config(config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int
 class ARTask:
     """Trains an ARModel on codes, or on pictures that are encoded on the way."""
 
+    guard = None
+    """Nothing here can ruin a run."""
+
     def __init__(self, config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int]) -> None:
         self.config = config
         self.tokenizer = tokenizer.eval().requires_grad_(False)
@@ -137,6 +140,10 @@ class ARTask:
         if "segmentation" in batch and rows[0].shape[1] == 3:
             rows.insert(0, paint_labels(batch["segmentation"].cpu()))
         return tile(torch.cat(rows), columns=len(codes))
+
+    def notes(self) -> list[str]:
+        """Nothing that the figures do not tell."""
+        return []
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything that has state, unwrapped, by name."""

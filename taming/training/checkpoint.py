@@ -33,6 +33,8 @@ from torch.optim import Optimizer
 from taming.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+REPLACED = ".old"
+"""Ends the name of a checkpoint that is being replaced by another of its step."""
 
 
 def save_checkpoint(
@@ -44,9 +46,11 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     *,
     keep: int = 2,
+    healthy_step: int = -1,
 ) -> Path:
     """Write root/step-N; every process must call it. Returns the folder.
 
+    Of the older ones the newest `keep` stay, and the newest up to `healthy_step`.
     Raises ArtifactError naming path and size where the disk cannot take it; older ones stay.
     """
     final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
@@ -76,11 +80,20 @@ def save_checkpoint(
         manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
         _write_json(temporary / MANIFEST, {"processes": accelerator.num_processes, "files": manifest})
         _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        aside = final.with_suffix(REPLACED)
+        if (
+            final.exists()
+        ):  # a folder cannot be replaced at once: what it held counts until the new one is there
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
         os.replace(temporary, final)
         _sync(root)
-        for old in list_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+        shutil.rmtree(aside, ignore_errors=True)
+        finished = list_checkpoints(root)
+        healthy = [path for path in finished if checkpoint_step(path) <= healthy_step][-1:]
+        for old in finished[:-keep]:
+            if old not in healthy:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
@@ -123,15 +136,28 @@ def load_checkpoint(
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first. Folders without a manifest do not count."""
-    return sorted(p for p in root.glob("step-*") if p.suffix != ".tmp" and (p / MANIFEST).is_file())
+    finished = [p for p in root.glob("step-*") if p.suffix != ".tmp" and (p / MANIFEST).is_file()]
+    return sorted(finished, key=lambda path: (path.stem, path.suffix != REPLACED))
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint whose files are all as its manifest says."""
+def latest_checkpoint(root: Path, *, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint (of those up to a step) whose files are all as its manifest says."""
     for folder in reversed(list_checkpoints(root)):
-        if verify_checkpoint(folder) is None:
+        if (up_to is None or checkpoint_step(folder) <= up_to) and verify_checkpoint(folder) is None:
             return folder
     return None
+
+
+def remove_checkpoints_after(root: Path, step: int) -> None:
+    """Remove what was saved later than `step`."""
+    for folder in list_checkpoints(root):
+        if checkpoint_step(folder) > step:
+            shutil.rmtree(folder)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.stem.removeprefix("step-"))
 
 
 def verify_checkpoint(folder: Path) -> str | None:

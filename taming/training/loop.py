@@ -22,9 +22,16 @@ from taming.data.batch import to_device, validate_batch
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches, train_batches
 from taming.errors import ArtifactError, UserError
-from taming.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from taming.training.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from taming.training.config import TrainingConfig
 from taming.training.distributed import any_process, make_accelerator
+from taming.training.guard import CollapseGuard
 from taming.training.task import Task
 from taming.training.tracking import Tracker
 
@@ -64,6 +71,8 @@ class RunResult:
     figures: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
     steps: int = 0
+    notes: tuple[str, ...] = ()
+    """What happened on the way that the user should know, since the run was started or resumed."""
 
 
 def run_training(
@@ -110,7 +119,7 @@ def run_training(
             tracker.note(f"resumed from {checkpoint} at step {step}")
         figures = loop.go(tracker, signals, step, pictures)
     accelerator.end_training()
-    return RunResult(run, run / "model", figures, training.steps)
+    return RunResult(run, run / "model", figures, training.steps, tuple(loop.notes))
 
 
 @dataclass
@@ -121,28 +130,32 @@ class _Loop:
     train_data: PictureDataset
     validation_data: PictureDataset
     run: Path
+    notes: list[str] = field(default_factory=list)
 
     def go(self, tracker: Tracker, signals: list[int], step: int, pictures: int) -> dict[str, float]:
         training, accelerator = self.training, self.accelerator
         tracker.start(step, pictures)
         sums, count, figures = _Sums(), 0, dict[str, float]()
-        batches = train_batches(
-            self.train_data,
-            batch_size=training.batch_size,
-            micro_batches=training.accumulation,
-            seed=training.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            start_step=step,
-            workers=training.workers,
-        )
+        batches = self._batches(step)
+        guard = self.task.guard
         while step < training.steps:
+            if guard is not None and guard.needs_checkpoint(step):
+                guard.arm(step)
+                with tracker.pause():
+                    self._save(step, pictures, model=False)
             micro_batches = [to_device(batch, accelerator.device) for batch in next(batches)]
             if count == 0:
                 validate_batch(micro_batches[0], self.train_data.provides)
-            sums.add(self.task.train_step(micro_batches, step))
+            logs = self.task.train_step(micro_batches, step)
+            if guard is not None and guard.collapse is not None:
+                step, pictures = self._go_back(tracker, guard, step, pictures)
+                batches, sums = self._batches(step), _Sums()
+                continue
+            sums.add(logs)
             step, pictures, count = step + 1, pictures + training.batch_size, count + 1
             tracker.advance(step)
+            for text in self.task.notes():
+                self._tell(tracker, step, pictures, text)
             last = step == training.steps
             if step % training.log_every == 0 or last:
                 tracker.log(step, pictures, sums.means())
@@ -166,7 +179,56 @@ class _Loop:
         accelerator.wait_for_everyone()
         return figures
 
-    def _save(self, step: int, pictures: int) -> Path:
+    def _go_back(self, tracker: Tracker, guard: CollapseGuard, step: int, pictures: int) -> tuple[int, int]:
+        """Return to the last healthy state, with less of what ruined this one; (step, pictures) there."""
+        root, reason = self.run / "checkpoints", guard.collapse
+        folder = latest_checkpoint(root, up_to=guard.healthy_step)
+        noticed = step + 1, pictures + self.training.batch_size
+        if folder is None:
+            step, pictures = noticed
+            guard.rolled_back(step)
+            action = "no healthy checkpoint is left, so the run goes on from here"
+        else:
+            with tracker.pause():
+                known = guard.state_dict()
+                modules, optimizers = self.task.modules(), self.task.optimizers()
+                progress = load_checkpoint(self.accelerator, folder, modules, optimizers)
+                guard.load_state_dict(known)  # the guard alone does not forget
+                step, pictures = progress["step"], progress["pictures"]
+                guard.rolled_back(step)
+                # In this order: a run that is killed here meets the collapse again, and never resumes in it.
+                if self.accelerator.is_main_process:
+                    remove_checkpoints_after(root, step)
+                self.accelerator.wait_for_everyone()
+                self._save(step, pictures)
+            tracker.start(step, pictures)
+            action = f"went back to step {step}"
+        again = f"has {guard.scale:.2g} of its weight from step {guard.resumed_step} on"
+        text = (
+            f"the reconstruction collapsed: {reason}; {action}, rollback {guard.rollbacks} of at most "
+            f"{guard.config.max_rollbacks}; the adversarial term {again if guard.active else 'is off now'}"
+        )
+        self._tell(tracker, *noticed, text)
+        return step, pictures
+
+    def _tell(self, tracker: Tracker, step: int, pictures: int, text: str) -> None:
+        tracker.event(step, pictures, text)
+        self.notes.append(f"step {step}: {text}")
+
+    def _batches(self, step: int) -> Iterator[list[Any]]:
+        return train_batches(
+            self.train_data,
+            batch_size=self.training.batch_size,
+            micro_batches=self.training.accumulation,
+            seed=self.training.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start_step=step,
+            workers=self.training.workers,
+        )
+
+    def _save(self, step: int, pictures: int, *, model: bool = True) -> Path:
+        guard = self.task.guard
         progress = {"pictures": pictures, "data": self.train_data.fingerprint()}
         folder = save_checkpoint(
             self.accelerator,
@@ -176,8 +238,10 @@ class _Loop:
             self.task.optimizers(),
             progress,
             keep=self.training.keep_checkpoints,
+            healthy_step=guard.healthy_step if guard is not None and guard.active else -1,
         )
-        self._save_model()
+        if model:
+            self._save_model()
         return folder
 
     def _save_model(self) -> None:

@@ -14,11 +14,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taming.training.guard import CollapseGuard
 from taming.types import Batch
 
 
 class Task(Protocol):
     """What is trained."""
+
+    @property
+    def guard(self) -> CollapseGuard | None:
+        """What tells the loop to go back to a healthy state; None where nothing is to be feared."""
+        ...
 
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
         """Move to the device, wrap for several processes, build the optimisers."""
@@ -26,6 +32,10 @@ class Task(Protocol):
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update of everything from one global batch; returns detached () values for the log."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What the user should be told since the last call; asked after each step."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

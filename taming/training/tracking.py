@@ -130,6 +130,16 @@ class Tracker:
         self._last_time += spent
         self._start_time += spent
 
+    def event(self, step: int, pictures: int, text: str) -> None:
+        """Something that the user should know of the run: a line here, and a record of the kind "note"."""
+        if not self.enabled:
+            return
+        record = {"step": step, "pictures": pictures, "kind": "note", "text": text}
+        self._log.write(json.dumps(record) + "\n")
+        self._log.flush()
+        self._writer.add_text("note", text, step)
+        self.note(f"step {step}: {text}")
+
     def note(self, text: str) -> None:
         """One line for the user."""
         if self.enabled:
