@@ -5,7 +5,7 @@ Axes: B pictures, C channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,14 +57,16 @@ class Adversary:
         """Write the discriminator beside the model in `folder`, so that fine-tuning can go on with it."""
         save_discriminator(folder, self.config.network, self.discriminator)
 
-    def prepare(self, accelerator: Accelerator, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
+    def prepare(
+        self, accelerator: Accelerator, make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    ) -> None:
         """Move to the device, wrap for several processes, build the optimiser."""
         self.accelerator = accelerator
         self.discriminator.to(accelerator.device)
         self.state.to(accelerator.device)
         # A shell, since accelerate changes the forward of what it is given: the network stays as it is.
         self._both: nn.Module = accelerator.prepare_model(_RealAndFake(self.discriminator))
-        self.optimizer = make_optimizer(self.discriminator)
+        self.optimizer = make_optimizer(self.discriminator.parameters())
 
     def plays(self, step: int) -> bool:
         """Whether it learns, and perhaps judges, at `step`; where not, it costs nothing."""

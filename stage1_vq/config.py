@@ -85,7 +85,11 @@ class LossConfig(Config):
 
 
 class VQOptimizerConfig(OptimizerConfig):
-    """Adam with the published betas."""
+    """Adam with the published betas, or Muon for the weights between the first and the last layers."""
+
+    method: Literal["adam", "muon"] = "adam"
+    """muon (see taming.training.muon) needs a third of Adam's steps in short trainings; `betas` are those of
+    the weights that stay with Adam. The discriminator always has Adam."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.9)
 

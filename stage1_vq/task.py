@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from stage1_vq.adversary import Adversary
 from stage1_vq.config import VQTrainConfig
@@ -26,6 +26,7 @@ from stage1_vq.fine_tuning import hold_codes, start_from, train_decoder_only
 from stage1_vq.inputs import as_picture, model_input
 from stage1_vq.loss import blind_error, reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
+from stage1_vq.optimizers import adam, autoencoder_optimizers
 from taming.collective import mean_over_processes
 from taming.errors import UserError
 from taming.metrics.codebook import count_codes, perplexity, usage
@@ -76,9 +77,9 @@ class VQTask:
                 module.to(accelerator.device)
         # Shells, since accelerate changes the forward of what it is given: the models stay as they are.
         self._autoencoder: nn.Module = accelerator.prepare_model(_Whole(self.model))
-        self._autoencoder_optimizer = _adam(self.model, self.config)
+        self._optimizers = autoencoder_optimizers(self.model, self.config.optimizer)
         if self.adversary is not None:
-            self.adversary.prepare(accelerator, partial(_adam, config=self.config))
+            self.adversary.prepare(accelerator, partial(adam, config=self.config.optimizer))
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update of both players; returns detached () values, equal on all processes.
@@ -92,9 +93,10 @@ class VQTask:
             self.model.train()
             self.model.quantize.before_step(step, self.total_steps)
         rate = learning_rate(self.config.optimizer, step, self.total_steps)
-        set_learning_rate(self._autoencoder_optimizer, rate)
+        for optimizer in self._optimizers.values():
+            set_learning_rate(optimizer, rate)
+            optimizer.zero_grad(set_to_none=True)
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(step) else None
-        self._autoencoder_optimizer.zero_grad(set_to_none=True)
         if adversary is not None:
             adversary.begin_step(rate)
 
@@ -114,7 +116,8 @@ class VQTask:
             return logs
 
         self._clip(self.model)
-        self._autoencoder_optimizer.step()
+        for optimizer in self._optimizers.values():
+            optimizer.step()
         if self.config.train_only is None:
             self.model.quantize.after_step()
         if adversary is not None:
@@ -214,7 +217,7 @@ class VQTask:
 
     def optimizers(self) -> dict[str, Optimizer]:
         """The optimisers of the players."""
-        optimizers: dict[str, Optimizer] = {"model": self._autoencoder_optimizer}
+        optimizers = dict(self._optimizers)
         if self.adversary is not None:
             optimizers["discriminator"] = self.adversary.optimizer
         return optimizers
@@ -260,14 +263,3 @@ class _Whole(nn.Module):
     def forward(self, images: Tensor) -> VQOutput:
         output: VQOutput = self.model(images)
         return output
-
-
-def _adam(model: nn.Module, config: VQTrainConfig) -> AdamW:
-    optimizer = config.optimizer
-    return AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )

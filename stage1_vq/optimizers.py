@@ -1,0 +1,39 @@
+"""Which optimiser moves which weight of stage one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from stage1_vq.config import VQOptimizerConfig
+from stage1_vq.model import VQModel
+from taming.training.muon import ConvMuon
+
+ENDS = ("encoder.conv_in.", "decoder.conv_out.", "quant_conv.", "post_quant_conv.", "quantize.")
+"""Layers that meet pixels or codes: these have a scale of their own, which Muon ignores."""
+
+
+def autoencoder_optimizers(model: VQModel, config: VQOptimizerConfig) -> dict[str, Optimizer]:
+    """By name, for the weights that are to be trained: Adam and, where the config says so, Muon."""
+    if config.method == "adam":
+        return {"model": adam(model.parameters(), config)}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    hidden = [name for name, weight in trained.items() if weight.ndim > 1 and not name.startswith(ENDS)]
+    muon = ConvMuon(
+        [trained[name] for name in hidden], lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    rest = [weight for name, weight in trained.items() if name not in set(hidden)]
+    return {"model": adam(rest, config), "model_hidden": muon}
+
+
+def adam(weights: Iterable[nn.Parameter], config: VQOptimizerConfig) -> AdamW:
+    """Adam with decoupled weight decay over those of `weights` that are to be trained."""
+    return AdamW(
+        [weight for weight in weights if weight.requires_grad],
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
