@@ -44,9 +44,9 @@ def bit_entropies(logits: Tensor, group_bits: int, *, training: bool) -> tuple[T
 
 def _joint(ones: Tensor) -> Tensor:
     """Probabilities (N, a) of independent bits -> (N, 2^a) of their patterns, the first bit the highest."""
-    table = torch.ones_like(ones[:, :1]) if ones.shape[1] else ones.new_ones(len(ones), 1)
-    for bit in ones.split(1, dim=1):
-        table = torch.stack((table * (1 - bit), table * bit), dim=2).flatten(1)
+    table = ones.new_ones(len(ones), 1)
+    for bit in ones.unbind(1):
+        table = torch.stack((table * (1 - bit[:, None]), table * bit[:, None]), dim=2).flatten(1)
     return table
 
 
