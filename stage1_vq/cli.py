@@ -138,41 +138,57 @@ def encode(
 def evaluate(
     model: Model,
     data: Data,
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and pictures.csv.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json, pictures.csv and sheet.png.")
+    ] = None,
     split: Split = "all",
     size: Size = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Perceptual distance too (VGG16 weights).")] = False,
+    fid: Annotated[bool, typer.Option("--fid", help="Reconstruction FID too (Inception weights).")] = False,
+    vgg_weights: Annotated[
+        Path | None, typer.Option(help="torchvision's VGG16; default: its cache or download.")
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception; default: its cache or download.")
+    ] = None,
     override: DataOverride = None,
     batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
-    """Measure how well pictures survive: PSNR, L1, code usage, perplexity."""
-    import csv
-
-    from stage1_vq.evaluate import evaluate_tokenizer
+    """Measure how well pictures survive: PSNR, SSIM, code usage, perplexity; LPIPS and FID if asked for."""
+    from stage1_vq.evaluate import check_perceptual, evaluate_tokenizer, protocol, write_rows
+    from stage1_vq.sheet import survival_sheet
+    from taming.data.picture import save_png
     from taming.data.source import open_split
+    from taming.metrics.inception import InceptionFeatures
+    from taming.metrics.lpips import PerceptualDistance
     from taming.training.distributed import pick_device
 
-    tokenizer = _load(model)
-    dataset = open_split(_data(data, size, tokenizer, override), split)
+    tokenizer, place = _load(model), pick_device(device)
+    config = _data(data, size, tokenizer, override)
+    dataset = open_split(config, split)
+    check_perceptual(tokenizer, lpips=lpips, fid=fid)
     with progress_bar("eval") as report:
         result = evaluate_tokenizer(
-            tokenizer, dataset, batch_size=batch_size, device=pick_device(device), progress=report
+            tokenizer,
+            dataset,
+            batch_size=batch_size,
+            device=place,
+            lpips=PerceptualDistance(vgg_weights) if lpips else None,
+            inception=InceptionFeatures(inception_weights) if fid else None,
+            progress=report,
         )
     facts: dict[str, Any] = {
         **result.figures,
-        "split": split,
-        "size": list(dataset.size),
-        "resize": "shorter side, bicubic, antialiased",
-        "crop": "centre",
+        **protocol(config, tokenizer.config, split, lpips=lpips, fid=fid),
         "codebook_size": tokenizer.spec.codebook_size,
         "tokenizer_hash": tokenizer.content_hash(),
     }
     show_figures(f"{model} on {data}", facts, out)
     if out is not None:
-        with (out / "pictures.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("key", *result.rows))
-            writer.writerows(zip(result.keys, *result.rows.values(), strict=True))
+        write_rows(result, out / "pictures.csv")
+        save_png(survival_sheet(tokenizer, dataset, result, device=place), out / "sheet.png")
+        typer.echo(f"each picture's figures in {out / 'pictures.csv'}, examples in {out / 'sheet.png'}")
 
 
 def _load(source: str) -> Any:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stage1_vq.figures import ReconstructionFigures
+from stage1_vq.config import VQModelConfig
+from stage1_vq.figures import Distance, ReconstructionFigures
 from stage1_vq.inputs import model_input, restored
 from stage1_vq.model import VQModel
 from taming.data.batch import to_device
+from taming.data.config import FolderDataConfig, ScenesDataConfig
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches
 from taming.errors import UserError
+from taming.metrics.frechet import FeatureMoments, frechet_distance
+from taming.metrics.inception import EXTRACTOR, FEATURES, InceptionFeatures
+from taming.metrics.lpips import PerceptualDistance
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,24 @@ def evaluate_tokenizer(
     *,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
+    lpips: PerceptualDistance | None = None,
+    inception: InceptionFeatures | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Reconstruct every picture of `dataset`, centre-cropped, and compare."""
+    """Reconstruct every picture of `dataset`, centre-cropped, and compare.
+
+    With `lpips` the figures have lpips, with `inception` reconstruction_fid: both for pictures of 1 or 3
+    channels only. Raises UserError.
+    """
     if not len(dataset):
         raise UserError("there are no pictures to evaluate on; choose another --split or more data")
+    check_perceptual(model, lpips=lpips is not None, fid=inception is not None)
     model = model.to(device).eval()
-    figures = ReconstructionFigures(model.config, model.spec.codebook_size, device)
+    distances: dict[str, Distance] = {}
+    if lpips is not None:
+        distances["lpips"] = partial(_each, lpips.to(device))
+    figures = ReconstructionFigures(model.config, model.spec.codebook_size, device, distances)
+    real, painted = FeatureMoments(FEATURES), FeatureMoments(FEATURES)
     keys: list[str] = []
     rows: dict[str, list[float]] = {}
     for batch in evaluation_batches(dataset, batch_size=batch_size):
@@ -50,10 +70,69 @@ def evaluate_tokenizer(
         codes, output = reconstruct(model, inputs)
         for name, values in figures.add(inputs, output, codes).items():
             rows.setdefault(name, []).extend(values.tolist())
+        if inception is not None:
+            inception.to(device)
+            real.add(inception(inputs))
+            painted.add(inception(output))
         keys += batch["key"]
         if progress is not None:
             progress(len(keys), len(dataset))
-    return Evaluation({**figures.means(), "pictures": len(keys)}, keys, rows)
+    means = figures.means()
+    if inception is not None:
+        means["reconstruction_fid"] = frechet_distance(real, painted)
+    return Evaluation({**means, "pictures": len(keys)}, keys, rows)
+
+
+def protocol(
+    data: FolderDataConfig | ScenesDataConfig, model: VQModelConfig, split: str, *, lpips: bool, fid: bool
+) -> dict[str, Any]:
+    """How pictures were measured: figures that differ in any of these cannot be compared."""
+    filter_name = {"segmentation": "nearest", "depth": "bilinear, antialiased"}.get(
+        model.input, "bicubic, antialiased"
+    )
+    if isinstance(data, ScenesDataConfig):
+        resize = "none: drawn at this size"
+    else:
+        shorter = "as small as covers the crop" if data.resize is None else f"{data.resize} pixels"
+        resize = f"shorter side to {shorter}, {filter_name}"
+    facts: dict[str, Any] = {
+        "input": model.input,
+        "split": split,
+        "size": list(data.height_width),
+        "resize": resize,
+        "crop": "centre",
+        "range": "reconstructions clamped; psnr and ssim of [0, 1], l1 of [-1, 1]",
+    }
+    if model.input == "segmentation":
+        facts["range"] = "the most probable label of each pixel"
+    if lpips:
+        facts["lpips_network"] = "VGG16 (lpips 0.1)"
+    if fid:
+        facts["fid_extractor"] = EXTRACTOR
+    return facts
+
+
+def write_rows(evaluation: Evaluation, path: Path) -> None:
+    """Each picture's figures as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("key", *evaluation.rows))
+        writer.writerows(zip(evaluation.keys, *evaluation.rows.values(), strict=True))
+
+
+def check_perceptual(model: VQModel, *, lpips: bool, fid: bool) -> None:
+    """Raises UserError where networks that were trained on pictures would be asked about something else."""
+    for name, wanted in (("lpips", lpips), ("fid", fid)):
+        if wanted and (model.config.input == "segmentation" or model.config.in_channels not in (1, 3)):
+            raise UserError(
+                f"--{name} looks at pictures of 1 or 3 channels; this tokenizer is of {model.config.input} "
+                f"with {model.config.in_channels} channels: leave it out"
+            )
+
+
+def _each(distance: PerceptualDistance, found: Tensor, wanted: Tensor) -> Tensor:
+    """(B,): the distance is a mean over its batch."""
+    return torch.stack([distance(a[None], b[None]) for a, b in zip(found, wanted, strict=True)])
 
 
 def reconstruct(model: VQModel, inputs: Tensor) -> tuple[Tensor, Tensor]:

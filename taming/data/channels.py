@@ -39,10 +39,10 @@ def read_pixels(
     at_least = None if crop is None or size is None else needed_size(crop, size)
     image = read_picture(path, at_least=at_least, max_pixels=max_pixels, mode=mode)
     if image.mode == "F":  # deep grey
-        return _cut(np.asarray(image)[None], crop, size)
+        return _cut(np.array(image)[None], crop, size)
     pixels = np.asarray(image) if crop is None or size is None else crop_picture(image, crop, size)
     planes = pixels[None] if pixels.ndim == 2 else rearrange(pixels, "h w c -> c h w")
-    return np.ascontiguousarray(planes)
+    return np.array(planes, order="C")  # torch wants memory that it may write to
 
 
 def read_pixel_size(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

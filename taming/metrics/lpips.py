@@ -140,7 +140,10 @@ def cached_vgg_weights() -> Path | None:
 
 
 def _vgg_state(path: str | Path | None) -> dict[str, Tensor]:
-    out = "set loss.perceptual_weight=0, or loss.vgg_weights=PATH to a file of torchvision's VGG16"
+    out = (
+        "give a file of torchvision's VGG16 (loss.vgg_weights=PATH or --vgg-weights PATH), or do without "
+        "(loss.perceptual_weight=0, no --lpips)"
+    )
     if path is None:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
         try:
