@@ -33,11 +33,10 @@ class Adversary:
     optimiser, and ends with `end_step`.
     """
 
-    def __init__(self, config: AdversarialConfig, in_channels: int) -> None:
-        self.config = config
+    def __init__(self, config: AdversarialConfig, in_channels: int, notes: list[str]) -> None:
+        """`notes` takes what the user should be told."""
+        self.config, self.notes = config, notes
         self.discriminator = build_discriminator(config.network, in_channels)
-        self.notes: list[str] = []
-        """What the user should be told, until somebody takes it."""
         self.lecam = LeCam(config.lecam) if config.lecam is not None else None
         self.plateau = Plateau(config.start_on_plateau) if config.start_on_plateau is not None else None
         self.guard: CollapseGuard | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stage1_vq.adversarial_config import AdversarialConfig
+from stage1_vq.codebook_alarm import CodebookAlarmConfig
 from stage1_vq.quantizers import NearestConfig, QuantizerConfig
 from taming.config import Config
 from taming.data.config import DataConfig
@@ -104,6 +105,8 @@ class VQTrainConfig(Config):
     loss: LossConfig = LossConfig()
     discriminator: AdversarialConfig | None = AdversarialConfig()
     """null: no adversarial term at all."""
+    codebook_alarm: CodebookAlarmConfig | None = CodebookAlarmConfig()
+    """Warns in the run's log where most codes are never chosen; null: says nothing."""
     optimizer: VQOptimizerConfig
     training: TrainingConfig
     init_from: str | None = None
@@ -111,6 +114,23 @@ class VQTrainConfig(Config):
     concerns training may differ; what changes the shapes or the meaning of weights may not."""
     train_only: Literal["decoder"] | None = None
     """decoder: encoder and codebook stay as in init_from, so that codes made with it keep their meaning."""
+
+    def shortened(self, steps: int) -> VQTrainConfig:
+        """The same training in `steps` steps: what is counted from its start keeps its share of the whole."""
+        share = steps / self.training.steps
+        discriminator = self.discriminator
+        if discriminator is not None:
+            counted = ("start_step", "warmup_steps", "ramp_steps")
+            discriminator = discriminator.model_copy(
+                update={name: round(getattr(discriminator, name) * share) for name in counted}
+            )
+        return self.model_copy(
+            update={
+                "training": self.training.model_copy(update={"steps": steps}),
+                "optimizer": self.optimizer.shortened(share),
+                "discriminator": discriminator,
+            }
+        )
 
     @model_validator(mode="after")
     def _suits_the_input(self) -> VQTrainConfig:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stage1_vq.adversary import Adversary
+from stage1_vq.codebook_alarm import CodebookAlarm, remedies
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.evaluate import reconstruct
 from stage1_vq.figures import Distance, ReconstructionFigures
@@ -46,14 +47,21 @@ class VQTask:
 
     def __init__(self, config: VQTrainConfig, *, perceptual: nn.Module | None = None) -> None:
         self.config = config
+        self._notes: list[str] = []
         self.model = VQModel(config.model)
         if config.init_from is not None:
             start_from(self.model, config.init_from)
         if config.train_only == "decoder":
             hold_codes(self.model)
+        self.alarm: CodebookAlarm | None = None
+        if config.codebook_alarm is not None and config.train_only is None:
+            quantizer = config.model.quantizer
+            self.alarm = CodebookAlarm(
+                config.codebook_alarm, self.model.quantize.codebook_size, remedies(quantizer)
+            )
         self.adversary: Adversary | None = None
         if config.discriminator is not None:
-            self.adversary = Adversary(config.discriminator, config.model.in_channels)
+            self.adversary = Adversary(config.discriminator, config.model.in_channels, self._notes)
             if config.init_from is not None:
                 self.adversary.start_from(config.init_from)
         self.perceptual = perceptual
@@ -72,7 +80,7 @@ class VQTask:
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
         """Move to the device, wrap for several processes, build the optimisers."""
         self.accelerator, self.total_steps = accelerator, total_steps
-        for module in (self.model, self.perceptual, self.ema):
+        for module in (self.model, self.perceptual, self.ema, self.alarm):
             if module is not None:
                 module.to(accelerator.device)
         # Shells, since accelerate changes the forward of what it is given: the models stay as they are.
@@ -127,6 +135,8 @@ class VQTask:
             self.ema.update(self.model)
         if self.adversary is not None:
             self.adversary.end_step(step, logs, read, last=step + 1 == self.total_steps)
+        if self.alarm is not None and (warning := self.alarm.observe()):
+            self._notes.append(warning)
         return logs
 
     def _accumulate(
@@ -166,6 +176,8 @@ class VQTask:
         logs |= {name: value for name, value in output.quantizer.terms.items() if name not in logs}
         counts = count_codes(output.quantizer.indices, self.model.quantize.codebook_size)
         logs |= {"code_usage": usage(counts), "perplexity": perplexity(counts)}
+        if self.alarm is not None:
+            self.alarm.count(counts)
         return logs, gradient
 
     @torch.no_grad()
@@ -202,9 +214,7 @@ class VQTask:
 
     def notes(self) -> list[str]:
         """What the user should be told, since the last call."""
-        if self.adversary is None or not self.adversary.notes:
-            return []
-        taken, self.adversary.notes = self.adversary.notes, []
+        taken, self._notes[:] = list(self._notes), []
         return taken
 
     def modules(self) -> dict[str, nn.Module]:
@@ -213,6 +223,7 @@ class VQTask:
         if self.adversary is not None:
             named["discriminator"] = self.adversary.discriminator
             named["adversary"] = self.adversary.state
+        named["codebook_alarm"] = self.alarm
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:
