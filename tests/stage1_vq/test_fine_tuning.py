@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
-from stage1_vq.fine_tuning import start_from
+from stage1_vq.fine_tuning import TRAINING_ONLY, start_from
+from stage1_vq.quantizers import QuantizerConfig
 from stage1_vq.task import VQTask
 from stage1_vq.train import train
 from taming.config import build_config
@@ -22,12 +23,28 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "nearest": {"kind": "nearest", "kmeans_init": True, "revive_after": 1},
     "ema": {"kind": "ema", "revive_after": 1},
     "gumbel": {"kind": "gumbel"},
+    "simvq": {"kind": "simvq", "kmeans_init": True, "revive_after": 1},
+    "ibq": {"kind": "ibq", "revive_after": 1},
+    "residual": {"kind": "residual", "codes_per_stage": 4, "revive_after": 1, "code_dim": 8},
+    "fsq": {"kind": "fsq", "levels": [4, 3]},
+    "lfq": {"kind": "lfq", "num_bits": 4, "entropy_group_bits": 4},
+    "bsq": {"kind": "bsq", "num_bits": 4, "entropy_group_bits": 4},
 }
+MEANING = {"kind", "codebook_size", "code_dim", "l2_normalised", "levels", "num_bits", "num_stages"}
+MEANING |= {"codes_per_stage"}
 
 
 def values(quantizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    sizes = {"codebook_size": 16, "code_dim": 8}
+    table = quantizer["kind"] in ("nearest", "ema", "gumbel", "simvq", "ibq")
+    sizes = {"codebook_size": 16, "code_dim": 8} if table else {}
     return {**TINY_MODEL, "dropout": 0.2, "quantizer": {**quantizer, **sizes}, **changes}
+
+
+def test_every_option_of_every_quantizer_is_known_to_move_meanings_or_not() -> None:
+    kinds = get_args(get_args(QuantizerConfig)[0])
+    assert {kind.model_fields["kind"].default for kind in kinds} == QUANTIZERS.keys()
+    options = {f"quantizer.{name}" for kind in kinds for name in kind.model_fields}
+    assert options - TRAINING_ONLY == {f"quantizer.{name}" for name in MEANING}
 
 
 @pytest.fixture
