@@ -15,6 +15,7 @@ from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.gan.discriminators import build_discriminator
+from taming.training.calibrate import FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
@@ -32,9 +33,28 @@ def train(
     """
     check(config)
     train_data, validation_data = splits or open_splits(config.data)
+    config = fit_to_time(config, train_data, steps_of_run(run) if resume != "never" else None)
     return run_training(
         lambda: VQTask(config), config, config.training, train_data, validation_data, run=run, resume=resume
     )
+
+
+def fit_to_time(config: VQTrainConfig, data: PictureDataset, steps: int | None = None) -> VQTrainConfig:
+    """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
+    minutes, discriminator = config.training.minutes, config.discriminator
+    if minutes is None:
+        return config
+    if steps is None:
+        alone = config.model_copy(update={"discriminator": None})
+        seconds = seconds_per_step(VQTask(alone), config.training, data)
+        if discriminator is not None:
+            at_once = {"start_step": 0, "start_on_plateau": None, "warmup_steps": 0, "ramp_steps": 0}
+            both = config.model_copy(update={"discriminator": discriminator.model_copy(update=at_once)})
+            share = min(discriminator.start_step / config.training.steps, 1.0)
+            with_both = seconds_per_step(VQTask(both), config.training, data)
+            seconds = share * seconds + (1 - share) * with_both
+        steps = steps_within(FOR_STEPS * 60 * minutes, seconds, config.training.steps)
+    return config.shortened(steps)
 
 
 def check(config: VQTrainConfig) -> None:

@@ -48,3 +48,12 @@ class ARTrainConfig(Config):
     condition: ConditionConfig = NoConditionConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
+
+    def shortened(self, steps: int) -> ARTrainConfig:
+        """The same training in `steps` steps: the warm-up keeps its share of the whole."""
+        return self.model_copy(
+            update={
+                "training": self.training.model_copy(update={"steps": steps}),
+                "optimizer": self.optimizer.shortened(steps / self.training.steps),
+            }
+        )

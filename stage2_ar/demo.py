@@ -20,23 +20,17 @@ from stage1_vq import VQModel
 from stage1_vq.codes import write_codes
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.evaluate import evaluate_tokenizer, reconstruct
-from stage1_vq.task import VQTask
 from stage1_vq.train import train as train_tokenizer
 from stage2_ar import ARPipeline
-from stage2_ar.codes import CodeDataset
 from stage2_ar.config import ARTrainConfig
 from stage2_ar.evaluate import followed
 from stage2_ar.sheet import contact_sheet
-from stage2_ar.task import ARTask
 from stage2_ar.train import train as train_transformer
 from taming.config import load_config
 from taming.data.config import ScenesDataConfig
 from taming.data.dataset import PictureDataset, ScenesDataset, open_dataset
 from taming.data.picture import save_png
 from taming.errors import UserError
-from taming.training.calibrate import seconds_per_step
-from taming.training.config import TrainingConfig
-from taming.training.task import Task
 
 # Shares of the time that goes into training; sampling and evaluation take what is left.
 STAGE_ONE_SHARE, STAGE_TWO_SHARE = 0.40, 0.45
@@ -68,26 +62,19 @@ def run_demo(out: Path, *, minutes: float, console: Console) -> DemoFigures:
     """
     begin = time.perf_counter()
     _clear(out)
-    seconds = 60 * minutes
 
     console.rule("stage one: pictures to codes and back")
-    vq_config = load_config(VQTrainConfig, "stage1", group="demo")
+    vq_config = load_config(VQTrainConfig, "stage1", [_within(STAGE_ONE_SHARE * minutes)], group="demo")
     scenes, held_out = open_dataset(vq_config.data, "train"), open_dataset(vq_config.data, "validation")
     assert isinstance(held_out, ScenesDataset)
-    vq_training = _fit_time(vq_config.training, VQTask(vq_config), scenes, STAGE_ONE_SHARE * seconds)
-    vq_config = _shortened(vq_config, vq_training)
-    tokenizer = VQModel.from_pretrained(
-        train_tokenizer(vq_config, out / "stage1", splits=(scenes, held_out)).model
-    )
+    trained = train_tokenizer(vq_config, out / "stage1", splits=(scenes, held_out))
+    tokenizer = VQModel.from_pretrained(trained.model)
     survival = evaluate_tokenizer(tokenizer, held_out, batch_size=32).figures
     write_codes(tokenizer, {"train": scenes, "validation": held_out}, out / "codes", batch_size=32)
 
     console.rule("stage two: a label map to codes")
-    ar_config = load_config(ARTrainConfig, "stage2", [f"data.root={out / 'codes'}"], group="demo")
-    codes = CodeDataset(out / "codes", "train")
-    ar_task = ARTask(ar_config, tokenizer, codes.size)
-    ar_training = _fit_time(ar_config.training, ar_task, codes, STAGE_TWO_SHARE * seconds)
-    ar_config = ar_config.model_copy(update={"training": ar_training})
+    overrides = [f"data.root={out / 'codes'}", _within(STAGE_TWO_SHARE * minutes)]
+    ar_config = load_config(ARTrainConfig, "stage2", overrides, group="demo")
     result = train_transformer(ar_config, out / "stage2")
     pipe = ARPipeline.from_pretrained(result.model)
 
@@ -106,8 +93,8 @@ def run_demo(out: Path, *, minutes: float, console: Console) -> DemoFigures:
         adherence_shuffled=shuffled,
         adherence_of_real=followed(real, maps, held_out.prototypes)[0],
         seconds=time.perf_counter() - begin,
-        stage1_steps=vq_training.steps,
-        stage2_steps=ar_training.steps,
+        stage1_steps=trained.steps,
+        stage2_steps=result.steps,
     )
     (out / "metrics.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
     console.print(_table(figures))
@@ -128,19 +115,8 @@ def _clear(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _fit_time(training: TrainingConfig, task: Task, data: PictureDataset, seconds: float) -> TrainingConfig:
-    """The same training with at most as many steps as fit into `seconds` here."""
-    possible = int(seconds / seconds_per_step(task, training, data))
-    return training.model_copy(update={"steps": max(min(training.steps, possible), 50)})
-
-
-def _shortened(config: VQTrainConfig, training: TrainingConfig) -> VQTrainConfig:
-    """`config` with fewer steps; the discriminator enters at the same share of them."""
-    discriminator = config.discriminator
-    if discriminator is not None:
-        start = discriminator.start_step * training.steps // config.training.steps
-        discriminator = discriminator.model_copy(update={"start_step": start})
-    return config.model_copy(update={"training": training, "discriminator": discriminator})
+def _within(minutes: float) -> str:
+    return f"training.minutes={minutes}"
 
 
 def _pictures(scenes: PictureDataset, count: int) -> tuple[Tensor, Tensor]:

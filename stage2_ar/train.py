@@ -16,6 +16,7 @@ from stage2_ar.task import ARTask, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
+from taming.training.calibrate import FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
@@ -34,6 +35,7 @@ def train(
     tokenizer = load_tokenizer(config)
     train_data, validation_data = splits or _open_splits(config)
     check(config, train_data)
+    config = fit_to_time(config, tokenizer, train_data, steps_of_run(run) if resume != "never" else None)
     return run_training(
         lambda: ARTask(config, tokenizer, train_data.size),
         config,
@@ -43,6 +45,18 @@ def train(
         run=run,
         resume=resume,
     )
+
+
+def fit_to_time(
+    config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset, steps: int | None = None
+) -> ARTrainConfig:
+    """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
+    if config.training.minutes is None:
+        return config
+    if steps is None:
+        seconds = seconds_per_step(ARTask(config, tokenizer, data.size), config.training, data)
+        steps = steps_within(FOR_STEPS * 60 * config.training.minutes, seconds, config.training.steps)
+    return config.shortened(steps)
 
 
 def load_tokenizer(config: ARTrainConfig) -> VQModel:

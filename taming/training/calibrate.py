@@ -1,10 +1,16 @@
-"""How long a training step takes on this machine."""
+"""How long a training step takes on this machine, and how many fit into a time."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+import torch
+import yaml
+
+from taming.collective import from_main_process
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
 from taming.data.loader import train_batches
@@ -12,21 +18,47 @@ from taming.training.config import TrainingConfig
 from taming.training.distributed import make_accelerator
 from taming.training.task import Task
 
+FOR_STEPS = 0.93
+"""Share of a run's time that its steps may take; evaluations, previews and saving take the rest."""
+FEWEST_STEPS = 50
+
 
 def seconds_per_step(
     task: Task, training: TrainingConfig, data: PictureDataset, *, step: int = 0, steps: int = 8
 ) -> float:
-    """Median time of a few real steps of `task` from `step` on; the task is used up by it."""
+    """Median time of a few real steps of `task` from `step` on; the task is used up by it.
+
+    On several processes the main one's figure.
+    """
     accelerator = make_accelerator(training.precision)
     task.prepare(accelerator, training.steps)
     batches = train_batches(
-        data, batch_size=training.batch_size, micro_batches=training.accumulation, seed=training.seed
+        data,
+        batch_size=training.batch_size,
+        micro_batches=training.accumulation,
+        seed=training.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
     )
     times = []
     for number in range(steps + 2):
-        micro_batches = [to_device(batch, accelerator.device) for batch in next(batches)]
         begin = time.perf_counter()
+        micro_batches = [to_device(batch, accelerator.device) for batch in next(batches)]
         logs = task.train_step(micro_batches, step + number)
         _ = [float(value) for value in logs.values()]  # waits for the device
         times.append(time.perf_counter() - begin)
-    return median(times[2:])
+    return float(from_main_process(torch.tensor(median(times[2:]), device=accelerator.device)))
+
+
+def steps_within(seconds: float, seconds_per_step: float, steps: int) -> int:
+    """`steps`, or as many as take `seconds`; at least 50."""
+    return min(steps, max(int(seconds / seconds_per_step), FEWEST_STEPS))
+
+
+def steps_of_run(run: Path) -> int | None:
+    """The steps that the run in this folder was started for; None where there is none."""
+    saved = run / "config.yaml"
+    if not saved.is_file():
+        return None
+    values: Any = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    return int(values["training"]["steps"])

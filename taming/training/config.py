@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,10 @@ class OptimizerConfig(Config):
     final_ratio: Ratio = 0.0
     """Share of the learning rate that is left at the last step (cosine and linear)."""
 
+    def shortened(self, share: float) -> Self:
+        """For a run of `share` of the steps."""
+        return self.model_copy(update={"warmup_steps": round(self.warmup_steps * share)})
+
 
 class TrainingConfig(Config):
     """When things happen in a run, and on what."""
@@ -31,6 +35,9 @@ class TrainingConfig(Config):
     """The run's folder; None means runs/NAME_OF_THE_CONFIG."""
     steps: int = Field(gt=0)
     """Optimiser steps in all."""
+    minutes: float | None = Field(None, gt=0)
+    """About so long at most: where this machine needs longer for `steps`, a few of which it times before the
+    run starts, they and what is counted from them become proportionally fewer. null: as long as it takes."""
     batch_size: int = Field(gt=0)
     """Pictures an optimiser step, over all processes and micro-batches."""
     accumulation: int = Field(1, gt=0)

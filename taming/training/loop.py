@@ -41,6 +41,7 @@ FREE_KEYS = (
     "description",
     "training.output",
     "training.steps",
+    "training.minutes",
     "training.workers",
     "training.log_every",
     "training.evaluate_every",
