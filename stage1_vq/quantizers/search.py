@@ -10,6 +10,8 @@ from torch import Tensor
 
 LATENTS_PER_TILE, CODES_PER_TILE = 2048, 2048
 """Scores that the search holds at once: 16 MiB."""
+BLOCK = 64
+"""Scores whose minimum is taken before anything is asked about where it lies."""
 
 
 def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
@@ -17,33 +19,42 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
 
     |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, and |z|^2 is the same for all codes.
     """
-    return smallest_score(latents, codebook, codebook.square().sum(1), -2.0)
+    return _smallest_score(latents, codebook, codebook.square().sum(1) / 2)
 
 
 def largest_logit(latents: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Index (N,) of the largest z.w + b, for weight (K, D) and bias (K,); the lower index on a tie."""
     offset = weight.new_zeros(len(weight)) if bias is None else -bias
-    return smallest_score(latents, weight, offset, -1.0)
+    return _smallest_score(latents, weight, offset)
 
 
 @torch.no_grad()
-def smallest_score(latents: Tensor, codebook: Tensor, offset: Tensor, scale: float) -> Tensor:
-    """Index (N,) of the smallest offset + scale * z.e over the codes; the lower index on a tie.
+def _smallest_score(latents: Tensor, codebook: Tensor, offset: Tensor) -> Tensor:
+    """Index (N,) of the smallest offset - z.e over the codes, offset (K,); the lower index on a tie.
 
     The (N, K) scores are never held at once: a tile of them is made, and its smallest kept, while it lies in
     the cache.
     """
+    if torch.compiler.is_exporting():
+        # A graph for other programs has no loop over tiles: one product, whatever the number of latents.
+        scores: Tensor = torch.addmm(offset, latents, codebook.t(), alpha=scale)
+        return scores.argmin(dim=1)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    tile = torch.empty(LATENTS_PER_TILE * CODES_PER_TILE, device=latents.device)
+    width = _whole_blocks(min(CODES_PER_TILE, len(codebook)))
+    memory = torch.empty(min(LATENTS_PER_TILE, len(latents)) * width, device=latents.device)
     for row in range(0, len(latents), LATENTS_PER_TILE):
         part = latents[row : row + LATENTS_PER_TILE]
         best = best_index = None
         for first in range(0, len(codebook), CODES_PER_TILE):
             codes = codebook[first : first + CODES_PER_TILE]
-            scores = tile[: len(part) * len(codes)].view(len(part), len(codes))
-            torch.addmm(offset[first : first + CODES_PER_TILE], part, codes.t(), alpha=scale, out=scores)
-            # min with indices is a third faster than argmin on a CPU.
-            smallest, index = scores.min(dim=1)
+            columns = _whole_blocks(len(codes))
+            tile = memory[: len(part) * columns].view(len(part), columns)
+            tile[:, len(codes) :] = torch.inf
+            scores = tile[:, : len(codes)]
+            # In two passes: addmm writes its bias into the whole tile first, which takes longer.
+            torch.mm(part, codes.t(), out=scores)
+            torch.sub(offset[first : first + CODES_PER_TILE], scores, out=scores)
+            smallest, index = _row_minimum(tile)
             if best is None or best_index is None:
                 best, best_index = smallest, index
             else:
@@ -53,3 +64,18 @@ def smallest_score(latents: Tensor, codebook: Tensor, offset: Tensor, scale: flo
         if best_index is not None:
             indices[row : row + LATENTS_PER_TILE] = best_index
     return indices
+
+
+def _row_minimum(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """(smallest, its index), both (N,), of the rows of (N, whole blocks); the lower index on a tie.
+
+    A minimum without its index is several times faster: first the blocks', then the index within one block.
+    """
+    blocks = tile.unflatten(1, (-1, BLOCK))
+    smallest, block = blocks.amin(2).min(1)
+    within = blocks[torch.arange(len(tile), device=tile.device), block].min(1).indices
+    return smallest, block * BLOCK + within
+
+
+def _whole_blocks(count: int) -> int:
+    return -(-count // BLOCK) * BLOCK

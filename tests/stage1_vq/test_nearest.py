@@ -15,6 +15,7 @@ from stage1_vq.quantizers.search import nearest_codes
 def test_search_agrees_with_a_loop(latents: int, codes: int, tile: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(search, "LATENTS_PER_TILE", tile)
     monkeypatch.setattr(search, "CODES_PER_TILE", tile + 1)
+    monkeypatch.setattr(search, "BLOCK", 4)
     generator = torch.Generator().manual_seed(latents)
     z, book = torch.randn(latents, 4, generator=generator), torch.randn(codes, 4, generator=generator)
     expected = []
