@@ -37,8 +37,7 @@ def _smallest_score(latents: Tensor, codebook: Tensor, offset: Tensor) -> Tensor
     """
     if torch.compiler.is_exporting():
         # A graph for other programs has no loop over tiles: one product, whatever the number of latents.
-        scores: Tensor = torch.addmm(offset, latents, codebook.t(), alpha=scale)
-        return scores.argmin(dim=1)
+        return (offset - latents @ codebook.t()).argmin(dim=1)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
     width = _whole_blocks(min(CODES_PER_TILE, len(codebook)))
     memory = torch.empty(min(LATENTS_PER_TILE, len(latents)) * width, device=latents.device)
