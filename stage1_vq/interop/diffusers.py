@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.interop.checkpoint import file_hash, read_checkpoint, tensors_of
-from stage1_vq.interop.diffusers_layout import state_from_diffusers
+from stage1_vq.interop.diffusers_layout import state_from_diffusers, state_to_diffusers
+from stage1_vq.interop.exported import ExportReport, check, compare, new_folder, optional
 from stage1_vq.interop.imported import Imported, build_model
+from stage1_vq.interop.nearest_form import NearestForm, nearest_form
 from stage1_vq.model import VQModel
 from taming.config import build_config
 from taming.errors import ArtifactError
@@ -25,6 +29,15 @@ UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 FIXED = {"act_fn": "silu", "norm_type": "group"}
 IGNORED = {"sample_size", "scaling_factor", "lookup_from_codebook", "force_upcast"}
 """They do not change codes or pictures here: `scaling_factor` is for a diffusion model on the latents."""
+TABLE_SCALE = 2.0**-12
+"""Where searching and decoding need two tables, the second lies beside the first so small that it does not
+move the nearest row; a power of two, which changes no bit of the codes."""
+EXPRESSED = {
+    *("input", "in_channels", "resolution", "channels", "channel_multipliers", "num_res_blocks"),
+    *("attention_resolutions", "mid_attention", "z_channels", "norm_num_groups", "quantizer"),
+    *("dropout", "recompute"),
+}
+"""Config keys that the export says in other words, or that only concern training."""
 
 
 def import_diffusers(folder: Path) -> Imported:
@@ -127,3 +140,111 @@ def _translate(theirs: dict[str, Any], path: Path) -> VQModelConfig:
         },
         source=str(path),
     )
+
+
+def export_diffusers(model: VQModel, out: Path, inputs: Sequence[Tensor]) -> ExportReport:
+    """Write a folder that diffusers.VQModel.from_pretrained loads, with the same codes and pictures.
+
+    Loads it again and compares on `inputs`, (1, C, H, W) each. Raises ArtifactError where diffusers has no
+    such network or quantizer, or computes something else; UserError where it is not installed.
+    """
+    refuse_inexpressible(model.config)
+    form = nearest_form(model.quantize)
+    library = optional("diffusers")
+    notes: tuple[str, ...] = ()
+    if not form.one_table:
+        notes = (
+            f"the codebook there has width {form.searched.shape[1] + form.codes.shape[1]}: rows to search, "
+            "then rows to decode",
+        )
+    with new_folder(out):
+        theirs = library.VQModel(**_their_config(model.config, form))
+        theirs.load_state_dict(_their_state(model, form, inputs))
+        theirs.save_pretrained(out)
+        loaded = library.VQModel.from_pretrained(out).eval()
+
+        def encode(values: Tensor) -> Tensor:
+            latents = loaded.encode(values).latents
+            batch, _, height, width = latents.shape
+            indices: Tensor = loaded.quantize(latents)[2][2]
+            return rearrange(indices, "(b h w) -> b h w", b=batch, h=height, w=width)
+
+        def decode(codes: Tensor) -> Tensor:
+            shape = (*codes.shape, loaded.config.vq_embed_dim)
+            sample: Tensor = loaded.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
+            return sample
+
+        report = compare("diffusers", model, inputs, encode, decode, notes)
+        check(report)
+    return report
+
+
+def refuse_inexpressible(config: VQModelConfig) -> None:
+    """Raises ArtifactError for what diffusers.VQModel has no option for, by name."""
+    problem = None
+    if config.input != "image":
+        problem = f"input is {config.input}; it takes pictures"
+    elif config.channel_multipliers[0] != 1:
+        problem = (
+            f"channel_multipliers begin with {config.channel_multipliers[0]}; its first level is as wide as "
+            "its first convolution (1)"
+        )
+    for name, option in VQModelConfig.model_fields.items():
+        if problem is None and name not in EXPRESSED and getattr(config, name) != option.get_default():
+            problem = f"{name} is {getattr(config, name)!r}; it only has {option.get_default()!r}"
+    if problem is not None:
+        raise ArtifactError(f"diffusers.VQModel cannot express this model: {problem}; export to onnx instead")
+
+
+def _their_config(config: VQModelConfig, form: NearestForm) -> dict[str, Any]:
+    levels = [config.resolution // 2**i for i in range(len(config.channel_multipliers))]
+    attention = [size in config.attention_resolutions for size in levels]
+    down, up = ({has: name for name, has in kinds.items()} for kinds in (DOWN, UP))
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "down_block_types": [down[has] for has in attention],
+        "up_block_types": [up[has] for has in reversed(attention)],
+        "block_out_channels": [config.channels * m for m in config.channel_multipliers],
+        "layers_per_block": config.num_res_blocks,
+        "latent_channels": config.z_channels,
+        "sample_size": config.resolution,
+        "num_vq_embeddings": len(form.codes),
+        "norm_num_groups": config.norm_num_groups,
+        "vq_embed_dim": form.searched.shape[1] + (0 if form.one_table else form.codes.shape[1]),
+        "scaling_factor": 1.0,
+        "mid_block_add_attention": config.mid_attention,
+        "lookup_from_codebook": True,
+    }
+
+
+@torch.no_grad()
+def _their_state(model: VQModel, form: NearestForm, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Our weights under their names, the quantizer as a table, and the 1x1 layers about it made to suit.
+
+    Where only directions count, the latents are brought near the rows' length by a power of two: at that
+    length the distances round least.
+    """
+    ours = {
+        key: value.float() for key, value in model.state_dict().items() if not key.startswith("quantize.")
+    }
+    state = state_to_diffusers(ours, len(model.config.channel_multipliers))
+    searched, codes = form.searched, form.codes
+    if form.directions_only:
+        length = torch.cat([model.latents(values).norm(dim=1).flatten() for values in inputs]).mean()
+        scale = 2.0 ** torch.log2(codes.norm(dim=1).mean() / length).round()
+        for name in ("quant_conv.weight", "quant_conv.bias"):
+            state[name] = state[name] * scale
+    table = searched
+    if not form.one_table:
+        table = torch.cat((searched, codes * TABLE_SCALE), dim=1)
+        width = table.shape[1]
+        # Latents: the model's, then zeros. Codes: only the second part is read, and made large again.
+        before = state["quant_conv.weight"].new_zeros(width, model.config.z_channels, 1, 1)
+        bias = before.new_zeros(width)
+        before[: len(state["quant_conv.weight"])] = state["quant_conv.weight"]
+        bias[: len(state["quant_conv.bias"])] = state["quant_conv.bias"]
+        after = before.new_zeros(model.config.z_channels, width, 1, 1)
+        after[:, searched.shape[1] :] = state["post_quant_conv.weight"] / TABLE_SCALE
+        state |= {"quant_conv.weight": before, "quant_conv.bias": bias, "post_quant_conv.weight": after}
+    return state | {"quantize.embedding.weight": table}
