@@ -19,7 +19,9 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
 
     |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, and |z|^2 is the same for all codes.
     """
-    return _smallest_score(latents, codebook, codebook.square().sum(1) / 2)
+    # In parts: the squares of a large table would be as large as it is.
+    norms = torch.cat([codes.square().sum(1) for codes in codebook.detach().split(CODES_PER_TILE)])
+    return _smallest_score(latents, codebook, norms / 2)
 
 
 def largest_logit(latents: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

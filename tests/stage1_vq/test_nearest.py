@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks.peak_memory import peak_bytes
 from stage1_vq.quantizers import NearestConfig, NearestQuantizer, search
 from stage1_vq.quantizers.health import kmeans
 from stage1_vq.quantizers.search import nearest_codes
@@ -29,6 +30,14 @@ def test_search_takes_the_lower_index_on_a_tie(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(search, "CODES_PER_TILE", 2)
     book = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 2.0], [1.0, 0.0]])
     assert nearest_codes(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), book).tolist() == [0, 1]
+
+
+def test_search_holds_a_tile_of_the_scores_at_most(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search, "LATENTS_PER_TILE", 64)
+    monkeypatch.setattr(search, "CODES_PER_TILE", 256)
+    z, book = torch.randn(512, 4), torch.randn(8192, 4)
+    most = peak_bytes(lambda: nearest_codes(z, book))
+    assert most < 4 * (2 * 64 * 256 + 4 * 8192)  # a tile twice, and a few numbers a code; all are 4 * 2^22
 
 
 def test_beta_weighs_the_term_that_it_is_on():
