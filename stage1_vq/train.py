@@ -15,7 +15,7 @@ from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.gan.discriminators import build_discriminator
-from taming.training.calibrate import FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
@@ -42,7 +42,7 @@ def train(
 def fit_to_time(config: VQTrainConfig, data: PictureDataset, steps: int | None = None) -> VQTrainConfig:
     """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
     minutes, discriminator = config.training.minutes, config.discriminator
-    if minutes is None:
+    if minutes is None or config.training.steps <= FEWEST_STEPS:
         return config
     if steps is None:
         alone = config.model_copy(update={"discriminator": None})
@@ -67,6 +67,13 @@ def check(config: VQTrainConfig) -> None:
                 f"use {max(pixels // factor, 1) * factor} or {(pixels // factor + 1) * factor}"
             )
     check_input(config.model, config.data.gives)
+    if config.discriminator is not None:
+        least, (height, width) = config.discriminator.network.smallest_size, config.data.height_width
+        if min(height, width) < least:
+            raise UserError(
+                f"data.size: pictures of {height}x{width} are too small for a discriminator that needs "
+                f"{least} pixels a side; use fewer discriminator.network.num_layers, or larger pictures"
+            )
 
 
 def describe(config: VQTrainConfig) -> dict[str, str]:

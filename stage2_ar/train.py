@@ -16,7 +16,7 @@ from stage2_ar.task import ARTask, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
-from taming.training.calibrate import FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
@@ -51,7 +51,7 @@ def fit_to_time(
     config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset, steps: int | None = None
 ) -> ARTrainConfig:
     """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
-    if config.training.minutes is None:
+    if config.training.minutes is None or config.training.steps <= FEWEST_STEPS:
         return config
     if steps is None:
         seconds = seconds_per_step(ARTask(config, tokenizer, data.size), config.training, data)
