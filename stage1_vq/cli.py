@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stage1_vq.interop.cli import import_model
+from stage1_vq.interop.cli import export_model, import_model
 from taming.options import (
     BatchSize,
     ConfigName,
@@ -26,6 +26,7 @@ from taming.options import (
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 app.command("import")(import_model)
+app.command("export")(export_model)
 
 Model = Annotated[str, typer.Argument(help="A saved tokenizer: a folder, a run, or a hub id.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 64, or HxW as in 64x96; default: as trained.")]

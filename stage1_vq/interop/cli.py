@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from taming.options import empty_folder
+from taming.errors import UserError
+from taming.options import empty_folder, parse_size, show_figures
 
 if TYPE_CHECKING:
     from stage1_vq.interop.imported import Imported
@@ -51,8 +52,6 @@ def read_model(
     program: str, source: Path, *, config: Path | None = None, part: str | None = None, ema: bool = False
 ) -> Imported:
     """The model of `program` (one of PROGRAMS) at `source`. Raises UserError."""
-    from taming.errors import UserError
-
     given = {"--config": config is not None, "--part": part is not None, "--ema": ema}
     takes = {"taming-transformers": ("--config", "--part", "--ema"), "llamagen": ("--ema",), "diffusers": ()}
     if program not in takes:
@@ -76,3 +75,39 @@ def read_model(
             from stage1_vq.interop.diffusers import import_diffusers
 
             return import_diffusers(source)
+
+
+def export_model(
+    model: Annotated[str, typer.Argument(help="A saved tokenizer: a folder, a run, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the export.")],
+    format: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS), help="What others read.")],
+    pictures: Annotated[
+        str | None, typer.Option(help="Folder to compare on; default: the built-in scenes.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels to compare at: 64, or HxW; default: as trained.")
+    ] = None,
+    num_pictures: Annotated[int, typer.Option(min=1, help="Pictures to compare on, at most.")] = 50,
+) -> None:
+    """Write a tokenizer for other programs, load it again, and compare both on pictures."""
+    if format not in FORMATS:
+        raise UserError(f"no export format {format!r}; there are {', '.join(FORMATS)}")
+    frame = None if size is None else parse_size(size)
+    from stage1_vq import VQModel
+    from stage1_vq.interop.exported import comparison_inputs
+
+    tokenizer = VQModel.from_pretrained(model)
+    inputs = comparison_inputs(tokenizer, pictures, frame, num_pictures)
+    export: Any
+    match format:
+        case "diffusers":
+            from stage1_vq.interop.diffusers import export_diffusers as export
+        case "onnx":
+            from stage1_vq.interop.onnx import export_onnx as export
+        case _:
+            from stage1_vq.interop.codebook import export_codebook as export
+    report = export(tokenizer, out, inputs)
+    figures = report.as_values()
+    figures["equal_codes"] = "-" if report.equal_codes is None else f"{report.equal_codes:.4%}"
+    figures["picture_difference"] = f"{report.picture_difference:.2g}"
+    show_figures(f"{model} as {format} in {out}", figures, None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from stage1_vq.config import VQModelConfig
 from stage1_vq.interop.checkpoint import file_hash, read_checkpoint, tensors_of
 from stage1_vq.interop.diffusers_layout import state_from_diffusers, state_to_diffusers
-from stage1_vq.interop.exported import ExportReport, check, compare, new_folder, optional
+from stage1_vq.interop.exported import ExportReport, check, compare, new_folder, optional, write_description
 from stage1_vq.interop.imported import Imported, build_model
 from stage1_vq.interop.nearest_form import NearestForm, nearest_form
 from stage1_vq.model import VQModel
@@ -22,6 +22,7 @@ from taming.config import build_config
 from taming.errors import ArtifactError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+DESCRIPTION = "tokenizer.json"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
@@ -176,6 +177,7 @@ def export_diffusers(model: VQModel, out: Path, inputs: Sequence[Tensor]) -> Exp
 
         report = compare("diffusers", model, inputs, encode, decode, notes)
         check(report)
+        write_description(out / DESCRIPTION, model, report)
     return report
 
 

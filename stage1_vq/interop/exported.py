@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -45,6 +45,10 @@ class ExportReport:
     picture_difference: float
     """Largest absolute difference of decoded values."""
     notes: tuple[str, ...] = ()
+
+    def as_values(self) -> dict[str, Any]:
+        """Plain values, for a table or json; without notes where there are none."""
+        return {key: value for key, value in asdict(self).items() if value != ()}
 
 
 def comparison_inputs(
@@ -113,8 +117,10 @@ def check(report: ExportReport) -> None:
         )
 
 
-def write_description(folder: Path, name: str, model: VQModel, facts: dict[str, Any]) -> None:
-    """A json that says what a program needs to know to use the export."""
+def write_description(
+    path: Path, model: VQModel, report: ExportReport, facts: Mapping[str, Any] | None = None
+) -> None:
+    """A json that says what a program needs to know to use the export, and how it compared."""
     spec = model.spec
     document = {
         "input": model.config.input,
@@ -125,14 +131,10 @@ def write_description(folder: Path, name: str, model: VQModel, facts: dict[str, 
         "code_dim": spec.code_dim,
         "quantizer": model.config.quantizer.kind,
         "content_hash": model.content_hash(),
-        **facts,
+        **(facts or {}),
+        "comparison": report.as_values(),
     }
-    (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def plain_report(report: ExportReport) -> dict[str, Any]:
-    """The report as plain values, for a table or json."""
-    return {key: value for key, value in asdict(report).items() if value not in (None, ())}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -46,9 +46,6 @@ def export_onnx(model: VQModel, out: Path, inputs: Sequence[Tensor]) -> ExportRe
     factor = model.config.downsample_factor
     with new_folder(out):
         _write_graphs(model, out)
-        facts = {"encoder": ENCODER, "decoder": DECODER, "opset": OPSET, "labels": labels}
-        write_description(out, DESCRIPTION, model, facts)
-        # One thread more than there are cores makes the runtime spin; it finds its own number.
         sessions = {
             name: runtime.InferenceSession(str(out / name), providers=["CPUExecutionProvider"])
             for name in (ENCODER, DECODER)
@@ -65,6 +62,8 @@ def export_onnx(model: VQModel, out: Path, inputs: Sequence[Tensor]) -> ExportRe
 
         report = compare("onnx", model, [*inputs, other_shape(inputs, factor)], encode, decode)
         check(report)
+        facts = {"encoder": ENCODER, "decoder": DECODER, "opset": OPSET}
+        write_description(out / DESCRIPTION, model, report, facts)
     return report
 
 
