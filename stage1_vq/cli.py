@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stage1_vq.compact_cli import compact
 from stage1_vq.interop.cli import export_model, import_model
 from taming.options import (
     BatchSize,
@@ -27,6 +28,7 @@ from taming.options import (
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 app.command("import")(import_model)
 app.command("export")(export_model)
+app.command("compact")(compact)
 
 Model = Annotated[str, typer.Argument(help="A saved tokenizer: a folder, a run, or a hub id.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 64, or HxW as in 64x96; default: as trained.")]
