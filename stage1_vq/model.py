@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ class VQModel(nn.Module):
         self.quantize = build_quantizer(config.quantizer)
         self.quant_conv = nn.Conv2d(config.z_channels, self.quantize.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(self.quantize.code_dim, config.z_channels, 1)
+        if config.input == "segmentation" and config.in_channels > 1:
+            # A label starts out at one pixel in L, not in two: else the first hundreds of steps learn this.
+            assert self.decoder.conv_out.bias is not None
+            nn.init.constant_(self.decoder.conv_out.bias, -math.log(config.in_channels - 1))
         if config.channels >= CHANNELS_LAST_FROM:
             self.to(memory_format=torch.channels_last)
 

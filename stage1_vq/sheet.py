@@ -48,7 +48,7 @@ def survival_sheet(
         inputs = model_input(batch, model.config)
         _, output = reconstruct(model, inputs)
         rows = [as_picture(values, model.config).cpu() for values in (inputs, output)]
-        labels = [(evaluation.keys[place], f"{figure} {values[place]:.4g}") for place in places]
+        labels = [(evaluation.keys[place], f"{values[place]:.4g}") for place in places]
         groups[f"{name} by {figure}"] = (torch.cat(rows, dim=2), labels)
     return _draw(groups)
 
