@@ -57,7 +57,7 @@ class CollapseGuard(HostState):
         self.total, self.blind_total, self.number = 0.0, 0.0, 0
         self.best = self.first = float("inf")
         self.windows = 0
-        """Finished ones since the term first counted."""
+        """Finished ones since the term first counted, none of them a collapse."""
         self.rollbacks = 0
         self.resumed_step = 0
         """The term is at rest before it."""
@@ -97,9 +97,12 @@ class CollapseGuard(HostState):
         self.total += error
         self.blind_total += blind
         self.number += 1
-        # What a run ends with is judged too, if it is enough to judge by.
-        if self.number == self.config.window or (last and 4 * self.number >= self.config.window):
-            self._judge(step, self.total / self.number, self.blind_total / self.number)
+        whole = self.number == self.config.window
+        # What a run ends with is judged too, if it is enough to judge by. Nothing else comes of it: a run
+        # that is prolonged later goes on as if it had never ended.
+        if whole or (last and 4 * self.number >= self.config.window):
+            self._judge(step, self.total / self.number, self.blind_total / self.number, whole=whole)
+        if whole:
             self.total, self.blind_total, self.number = 0.0, 0.0, 0
 
     def rolled_back(self, step: int) -> None:
@@ -110,14 +113,14 @@ class CollapseGuard(HostState):
         self.total, self.blind_total, self.number = 0.0, 0.0, 0
         self.first, self.windows = float("inf"), 0
 
-    def _judge(self, step: int, error: float, blind: float) -> None:
+    def _judge(self, step: int, error: float, blind: float, *, whole: bool) -> None:
         if self.active and self.counts(step):
-            self.windows += 1
             self.collapse = self._what_is_wrong(error, blind)
-            if self.collapse is not None:
-                return
-            if self.windows == 1:
-                self.first = error
+        if self.collapse is not None or not whole:
+            return
+        if self.counts(step):
+            self.windows += 1
+            self.first = error if self.windows == 1 else self.first
         self.best = min(self.best, error)
         self.learned = self.learned or error < blind
         if self.learned and error <= (1 + 0.5 * self.config.share) * self.best:
@@ -128,8 +131,8 @@ class CollapseGuard(HostState):
         over = f"its mean error over {self.number} steps is {error:.4g}"
         if error > (1 + self.config.share) * self.best:
             return f"{over}, {error / self.best:.2g} times the best window's {self.best:.4g}"
-        if self.learned or self.windows < 2 or error < FALLING * self.first:
+        if self.learned or self.windows == 0 or error < FALLING * self.first:
             return None
-        if error >= blind * (DECISIVE if self.windows == 2 else 1):
+        if error >= blind * (DECISIVE if self.windows == 1 else 1):
             return f"{over}, not falling, and each picture's mean colour alone would give {blind:.4g}"
         return None
