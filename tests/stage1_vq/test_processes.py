@@ -38,7 +38,9 @@ def settings() -> VQTrainConfig:
             "loss": {"perceptual_weight": 0.0},
             # Without batch statistics, which are those of each process's share.
             "discriminator": {
-                "network": {"kind": "patchgan", "channels": 8, "num_layers": 1, "norm": "none"}
+                "network": {"kind": "patchgan", "channels": 8, "num_layers": 1, "norm": "actnorm"},
+                "r1": {"interval": 2},
+                "lecam": {"weight": 0.1},
             },
             "optimizer": {"learning_rate": 1e-3},
             "training": {"steps": STEPS, "batch_size": 4, "clip_norm": None, "ema_decay": None},
@@ -54,11 +56,20 @@ def train(images: Tensor) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for step in range(STEPS):
         logs = task.train_step([{"image": images}], step)
-        result |= {f"{step}/{name}": logs[name] for name in ("rec", "adaptive_weight", "discriminator")}
+        result |= {
+            f"{step}/{name}": logs[name] for name in ("rec", "adaptive_weight", "discriminator", "lecam")
+        }
         if step == 0:
             gradients = task.model.named_parameters()
             result |= {f"grad/{name}": p.grad.clone() for name, p in gradients if p.grad is not None}
+            found = task.adversary.discriminator.named_parameters()
+            result |= {f"grad/judge.{name}": p.grad.clone() for name, p in found}
     result |= {f"model/{name}": value.clone() for name, value in task.model.state_dict().items()}
+    judge = task.adversary.discriminator
+    result |= {f"judge/{name}": value.clone() for name, value in judge.state_dict().items()}
+    result |= {
+        f"adversary/{name}": value.clone() for name, value in task.adversary.state.state_dict().items()
+    }
     result |= {f"figures/{k}": torch.tensor(v) for k, v in task.evaluate([{"image": images}]).items()}
     AcceleratorState._reset_state(True)
     return result
@@ -92,7 +103,7 @@ def test_two_processes_agree_with_one(tmp_path: Path):
     assert first.keys() == second.keys() == alone.keys()
     assert alone["model/quantize.initialised"]
     for name, value in first.items():
-        if not name.startswith("grad/") or "decoder" in name:
+        if not name.startswith("grad/") or "decoder" in name or "judge" in name:
             torch.testing.assert_close(value, second[name], rtol=0, atol=0, msg=f"ranks differ in {name}")
         if name.startswith(("0/", "grad/")):
             torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5, msg=f"differs in {name}")

@@ -139,3 +139,39 @@ def test_nothing_is_pickled(accelerator: Accelerator, tmp_path: Path) -> None:
     folder = save(accelerator, tmp_path, 1, model, optimizer)
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     assert "processes" in json.loads((folder / "manifest.json").read_text())
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_what_it_held(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make()
+    save(accelerator, tmp_path, 1, model, optimizer)
+    real, calls = os.replace, []
+
+    def killed_at_the_second(source: object, target: object) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        save(accelerator, tmp_path, 1, model, optimizer)
+    monkeypatch.undo()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert checkpoint.checkpoint_step(found) == 1
+    assert load_checkpoint(accelerator, found, {"model": model}, {"adam": optimizer})["step"] == 1
+    assert latest_checkpoint(tmp_path, up_to=0) is None
+    assert save(accelerator, tmp_path, 1, model, optimizer) == latest_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_newest_healthy_one_is_kept_besides(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    for number in range(1, 7):
+        save_checkpoint(
+            accelerator, tmp_path, number, {"model": model}, {"adam": optimizer}, {}, keep=2, healthy_step=3
+        )
+    assert [checkpoint.checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 5, 6]
+    assert latest_checkpoint(tmp_path, up_to=4) == tmp_path / "step-00000003"
