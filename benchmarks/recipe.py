@@ -19,10 +19,10 @@ from stage1_vq.train import train
 from taming.config import load_config
 from taming.data.source import data_from, open_split
 
-FULL_SIZE_LAYERS = [
-    "model.patch_size=1",
-    "model.channels=32",
-    "model.channel_multipliers=[1,2,2]",
+WIDE_AT_FULL_SIZE = ["model.channels=32", "model.channel_multipliers=[1,2,2]", "model.norm_num_groups=32"]
+PATCHES = [
+    *("model.patch_size=2", "model.channels=64"),
+    *("model.channel_multipliers=[1,1]", "model.norm_num_groups=32"),
 ]
 PLAIN_CODES = "model.quantizer={kind: nearest, codebook_size: 512, code_dim: 8}"
 NEAREST_CODES = (
@@ -33,7 +33,8 @@ CONTENDERS: dict[str, list[str]] = {
     "the whole recipe": [],
     "no adversarial term": ["discriminator=null"],
     "Adam at 1e-3 for all weights": ["optimizer.method=adam", "optimizer.learning_rate=1e-3"],
-    "layers at full size (patch_size 1)": FULL_SIZE_LAYERS,
+    "32 channels at full size": WIDE_AT_FULL_SIZE,
+    "no layers at full size (patch_size 2)": PATCHES,
     "codes by gradient, not averages": [NEAREST_CODES],
     "codes by gradient, from noise, not normalised": [PLAIN_CODES],
     "l1 for l2": ["loss.reconstruction=l1"],
