@@ -89,7 +89,7 @@ def compare(
     Both decode the model's own codes, so that one code that differs does not count as a picture that does.
     """
     pictures = cells = equal = 0
-    difference = 0.0
+    difference = torch.zeros(())
     used = torch.zeros(model.spec.codebook_size, dtype=torch.bool)
     for values in inputs:
         codes = model.encode(values)
@@ -97,9 +97,10 @@ def compare(
         pictures, cells = pictures + len(codes), cells + codes.numel()
         if encode is not None:
             equal += int((encode(values) == codes).sum())
-        difference = max(difference, float((decode(codes) - model.decode(codes)).abs().max()))
+        # Unlike Python's max, this one lets no NaN through unseen.
+        difference = torch.maximum(difference, (decode(codes) - model.decode(codes)).abs().max())
     share = None if encode is None else equal / cells
-    return ExportReport(name, pictures, cells, int(used.sum()), share, difference, notes)
+    return ExportReport(name, pictures, cells, int(used.sum()), share, float(difference), notes)
 
 
 def check(report: ExportReport) -> None:

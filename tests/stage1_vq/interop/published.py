@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.model import VQModel
+from stage1_vq.quantizers import GumbelQuantizer
+from stage1_vq.quantizers.health import TableQuantizer
 from taming.config import build_config
 
 SMALL: dict[str, Any] = {
@@ -33,15 +35,28 @@ def small_model(**changes: Any) -> VQModel:
     return model
 
 
-def spread_codes(model: VQModel) -> None:
-    """Put the codes of a table on latents of noise, so that encoding uses many of them."""
-    table = model.state_dict().get("quantize.embedding.weight")
-    if table is not None:
-        side = 4 * model.config.downsample_factor
-        with torch.no_grad():
-            noise = torch.rand(max(2, len(table) // 8), model.config.in_channels, side, side) * 2 - 1
-            latents = model.latents(noise).permute(0, 2, 3, 1).flatten(0, 2)
-            table.copy_(latents[torch.randperm(len(latents))[: len(table)]])
+@torch.no_grad()
+def spread_codes(model: VQModel, inputs: Tensor | None = None) -> None:
+    """Give latents mean 0 and deviation 1, and put codes where they lie: encoding then uses many of them.
+
+    `inputs` (B, C, H, W) are what the latents are made of, else noise.
+    """
+    if inputs is None:
+        side = 8 * model.config.downsample_factor
+        inputs = torch.rand(8, model.config.in_channels, side, side) * 2 - 1
+    latents = model.latents(inputs)
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    model.quant_conv.weight.div_(deviation[:, None, None, None])
+    model.quant_conv.bias.sub_(mean).div_(deviation)
+    rows = model.latents(inputs).permute(0, 2, 3, 1).flatten(0, 2)
+    size = model.spec.codebook_size
+    codes = rows[torch.randint(len(rows), (size,))] + 0.1 * torch.randn(size, rows.shape[1])
+    if isinstance(model.quantize, TableQuantizer):
+        model.quantize.place(torch.ones(size, dtype=torch.bool), codes)
+    elif isinstance(model.quantize, GumbelQuantizer):
+        # Logits that order the codes by their distance.
+        model.quantize.proj.weight.copy_(codes[:, :, None, None])
+        model.quantize.proj.bias.copy_(-codes.square().sum(1) / 2)
 
 
 def published_yaml(model: VQModel, target: str = "taming.models.vqgan.VQModel", **params: Any) -> dict:

@@ -130,6 +130,17 @@ def test_without_a_config_labels_are_known_by_their_colours_and_depth_is_not(tmp
 
 F4 = {"z_channels": 3, "ch_mult": [1, 2, 4], "attn_resolutions": []}
 F8 = {"z_channels": 4, "ch_mult": [1, 2, 2, 4], "attn_resolutions": [32]}
+TEMPERATURE = {
+    "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+    "params": {
+        "verbosity_interval": 0,
+        "warm_up_steps": 5000,
+        "max_decay_steps": 1000001,
+        "lr_start": 0.9,
+        "lr_max": 0.9,
+        "lr_min": 1e-6,
+    },
+}
 # Specs: the published autoencoders; each must build (on the meta device: no memory, no time).
 PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "f16-16384": ("taming.models.vqgan.VQModel", {"n_embed": 16384, "embed_dim": 256}, {}),
@@ -145,44 +156,22 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "gumbel-f8": (
         "taming.models.vqgan.GumbelVQ",
-        {
-            "n_embed": 8192,
-            "kl_weight": 1e-8,
-            "temperature_scheduler_config": {
-                "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
-                "params": {
-                    "verbosity_interval": 0,
-                    "warm_up_steps": 5000,
-                    "max_decay_steps": 1000001,
-                    "lr_start": 0.9,
-                    "lr_max": 0.9,
-                    "lr_min": 1e-6,
-                },
-            },
-        },
+        {"n_embed": 8192, "kl_weight": 1e-8, "temperature_scheduler_config": TEMPERATURE},
         {"ch_mult": [1, 1, 2, 4], "attn_resolutions": [32]},
     ),
-    "f4": (
-        LDM,
-        {"n_embed": 8192, "embed_dim": 3},
-        {"z_channels": 3, "ch_mult": [1, 2, 4], "attn_resolutions": []},
-    ),
+    "f4": (LDM, {"n_embed": 8192, "embed_dim": 3}, F4),
     "f4-noattn": (
         "ldm.models.autoencoder.VQModelInterface",
         {"n_embed": 8192, "embed_dim": 3},
         F4 | {"attn_type": "none"},
     ),
-    "f8": (
+    "f8": (LDM, {"n_embed": 16384, "embed_dim": 4}, F8),
+    "f8-n256": (LDM, {"n_embed": 256, "embed_dim": 4}, F8),
+    "f16-ldm": (
         LDM,
-        {"n_embed": 16384, "embed_dim": 4},
-        {"z_channels": 4, "ch_mult": [1, 2, 2, 4], "attn_resolutions": [32]},
+        {"n_embed": 16384, "embed_dim": 8, "batch_resize_range": [256, 384]},
+        {"z_channels": 8},
     ),
-    "f8-n256": (
-        LDM,
-        {"n_embed": 256, "embed_dim": 4},
-        {"z_channels": 4, "ch_mult": [1, 2, 2, 4], "attn_resolutions": [32]},
-    ),
-    "f16-ldm": (LDM, {"n_embed": 16384, "embed_dim": 8, "batch_resize_range": [256, 384]}, {"z_channels": 8}),
 }
 
 
