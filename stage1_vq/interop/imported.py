@@ -13,11 +13,10 @@ from torch import Tensor
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.model import VQModel
-from taming.artifact import load_state, save_artifact
+from taming.artifact import load_state
 from taming.errors import ArtifactError
+from taming.gan.discriminators import save_discriminator
 from taming.gan.patchgan import Norm, PatchGAN, PatchGANConfig
-
-DISCRIMINATOR_KIND = "discriminator"
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,6 @@ class ImportedDiscriminator:
 
     network: PatchGAN
     config: PatchGANConfig
-    in_channels: int
-
-    def save(self, folder: Path) -> None:
-        """Write an artifact of kind "discriminator"."""
-        facts = {"in_channels": self.in_channels}
-        save_artifact(folder, DISCRIMINATOR_KIND, self.config, self.network.state_dict(), facts=facts)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Imported:
         """Write the model, `discriminator` beside it, and import.json with the account of every tensor."""
         self.model.save_pretrained(folder)
         if self.discriminator is not None:
-            self.discriminator.save(folder / "discriminator")
+            save_discriminator(folder, self.discriminator.config, self.discriminator.network)
         account = {
             "origin": dict(self.origin),
             "tensors_used": self.num_used,
@@ -90,7 +83,7 @@ def discriminator_from(state: Mapping[str, Tensor], *, source: str | Path) -> Im
     config = PatchGANConfig(channels=len(first), num_layers=len(convolutions) - 2, norm=norm)
     network = PatchGAN(config, first.shape[1])
     load_state(network, state, source=f"{source} (discriminator)")
-    return ImportedDiscriminator(network, config, first.shape[1])
+    return ImportedDiscriminator(network, config)
 
 
 def shapes_of_levels(state: Mapping[str, Tensor], side: str) -> list[tuple[int, int, int]]:

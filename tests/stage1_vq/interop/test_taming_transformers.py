@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from stage1_vq import VQModel
 from stage1_vq.interop.taming_transformers import import_taming_transformers
-from taming.artifact import load_artifact
 from taming.errors import ArtifactError, ConfigError, UserError
+from taming.gan.discriminators import load_discriminator
 from taming.gan.patchgan import PatchGAN, PatchGANConfig
 from tests.end_to_end.test_command_line import taming
 from tests.stage1_vq.interop.published import published_yaml, small_model, write_published
@@ -50,12 +50,27 @@ def test_every_tensor_is_used_or_left_out_by_name(tmp_path: Path, images: torch.
     assert torch.equal(loaded.encode(images), model.encode(images))
     assert model.encode(images).unique().numel() > 8
     assert torch.equal(loaded.decode(loaded.encode(images)), model.decode(model.encode(images)))
-    values, weights = load_artifact(tmp_path / "out" / "discriminator", "discriminator")
-    assert values["num_layers"] == 2
-    assert weights.keys() == second.state_dict().keys()
+    config = PatchGANConfig(channels=4, num_layers=2)
+    another = PatchGAN(config, 3)
+    assert load_discriminator(tmp_path / "out", another, config) is None
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in another.state_dict().items())
     account = json.loads((tmp_path / "out" / "import.json").read_text())
     assert account["tensors_used"] == result.num_used
     assert len(account["origin"]["sha256"]) == 64
+
+
+def test_a_discriminator_with_actnorm_is_known_by_its_names(tmp_path: Path):
+    model = small_model()
+    second = PatchGAN(PatchGANConfig(channels=4, num_layers=3, norm="actnorm"), 3)
+    state = {f"loss.discriminator.{key}": value for key, value in second.state_dict().items()}
+    checkpoint, config = write_published(tmp_path, model.state_dict() | state, published_yaml(model))
+    found = import_taming_transformers(checkpoint, config=config).discriminator
+    assert found is not None
+    assert (found.config.norm, found.config.num_layers) == ("actnorm", 3)
+    state["loss.discriminator.main.0.weight"] = torch.zeros(4)
+    write_published(tmp_path, model.state_dict() | state, published_yaml(model))
+    with pytest.raises(ArtifactError, match="the discriminator there is not a PatchGAN"):
+        import_taming_transformers(checkpoint, config=config)
 
 
 def test_the_published_loss_is_that_of_the_weights(tmp_path: Path):
