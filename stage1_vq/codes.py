@@ -40,6 +40,7 @@ class CodeIndex:
     """What a folder of codes says of itself."""
 
     tokenizer_hash: str
+    """`VQModel.codes_hash` of what made the codes."""
     grid: tuple[int, int]
     downsample_factor: int
     codebook_size: int
@@ -84,7 +85,7 @@ def write_codes(
     reference = next(iter(datasets.values()))
     factor = model.spec.downsample_factor
     index = CodeIndex(
-        tokenizer_hash=model.content_hash(),
+        tokenizer_hash=model.codes_hash(),
         grid=(reference.size[0] // factor, reference.size[1] // factor),
         downsample_factor=factor,
         codebook_size=model.spec.codebook_size,

@@ -128,7 +128,7 @@ def count_used_codes(
 def count_written_codes(folder: Path, model: VQModel) -> Tensor:
     """How often each code (K,) is used in a folder of codes, which `model` made. Raises DataError."""
     index = read_index(folder)
-    if index.tokenizer_hash != model.content_hash():
+    if not model.makes_codes_of(index.tokenizer_hash):
         raise DataError(
             f"the codes in {folder} are of another tokenizer; give the model in {folder / 'tokenizer'}, or "
             "encode again"
@@ -169,7 +169,7 @@ def rewrite_codes(source: Path, target: Path, model: VQModel, code_map: CodeMap)
             tensors["codes"] = code_map.codes(tensors["codes"]).int()
             save_file(tensors, target / entry["file"])
     values = vars(index) | {
-        "tokenizer_hash": model.content_hash(),
+        "tokenizer_hash": model.codes_hash(),
         "codebook_size": model.spec.codebook_size,
     }
     model.save_pretrained(target / "tokenizer")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stage1_vq.config import VQModelConfig
-from stage1_vq.model import VQModel
+from stage1_vq.model import ENCODING_PARTS, VQModel
 from taming.errors import UserError
 
 TRAINING_ONLY = frozenset(
@@ -40,9 +40,6 @@ TRAINING_ONLY = frozenset(
 
 HEALTH_BUFFERS = {"initialised": 1, "steps_unused": 0}
 """Buffers that only some options have, and their value in a codebook that is in use."""
-
-ENCODING_PARTS = ("encoder", "quant_conv", "quantize")
-"""What decides the codes: with `train_only: decoder` it stays as it is, bit for bit."""
 
 
 def start_from(model: VQModel, source: str) -> None:
@@ -86,7 +83,7 @@ def weight_facts(config: VQModelConfig) -> dict[str, Any]:
 
 
 def hold_codes(model: VQModel) -> None:
-    """No gradients for what decides the codes."""
+    """No gradients for what decides the codes: it stays as it is, bit for bit."""
     for part in _encoding_parts(model):
         part.requires_grad_(False)
 

@@ -22,6 +22,8 @@ from taming.errors import UserError
 from taming.types import QuantizerOutput, TokenizerSpec
 
 ARTIFACT_KIND = "vq_model"
+ENCODING_PARTS = ("encoder", "quant_conv", "quantize")
+"""What decides the codes; the rest only paints them."""
 CHANNELS_LAST_FROM = 64
 """Base width from which convolutions run faster with the channels last (specs of the layers' speed)."""
 
@@ -115,6 +117,15 @@ class VQModel(nn.Module):
     def content_hash(self) -> str:
         """sha256 of all weights: the same on every machine, another after any change."""
         return content_hash(self.state_dict())
+
+    def codes_hash(self) -> str:
+        """sha256 of the weights that decide the codes: the same for another decoder of the same codes."""
+        state = self.state_dict()
+        return content_hash({key: state[key] for key in state if key.split(".")[0] in ENCODING_PARTS})
+
+    def makes_codes_of(self, recorded: str) -> bool:
+        """Whether codes or a transformer that name the hash `recorded` belong to this tokenizer."""
+        return recorded in (self.codes_hash(), self.content_hash())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, subfolder: str = "") -> VQModel:

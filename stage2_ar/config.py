@@ -26,7 +26,7 @@ class ARModelConfig(Config):
     """(h, w) cells of the pictures it was trained on: its window on larger ones."""
     downsample_factor: Positive
     tokenizer_hash: str
-    """Content hash of the tokenizer: no other is accepted."""
+    """`VQModel.codes_hash` of the tokenizer: no other is accepted, but one with another decoder."""
 
 
 class CodesDataConfig(Config):

@@ -44,10 +44,10 @@ class ARPipeline:
     """
 
     def __init__(self, model: ARModel, tokenizer: VQModel) -> None:
-        if model.config.tokenizer_hash != tokenizer.content_hash():
+        if not tokenizer.makes_codes_of(model.config.tokenizer_hash):
             raise ArtifactError(
                 f"the transformer was trained on the tokenizer {model.config.tokenizer_hash[:12]}, this one "
-                f"is {tokenizer.content_hash()[:12]}: its codes mean something else; use the one it was "
+                f"is {tokenizer.codes_hash()[:12]}: its codes mean something else; use the one it was "
                 "saved with, or train the transformer on this one's codes"
             )
         self.model, self.tokenizer = model.eval(), tokenizer.eval()

@@ -42,7 +42,7 @@ def model_config(config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int
         vocabulary_size=tokenizer.spec.codebook_size,
         grid=(size[0] // factor, size[1] // factor),
         downsample_factor=factor,
-        tokenizer_hash=tokenizer.content_hash(),
+        tokenizer_hash=tokenizer.codes_hash(),
     )
 
 

@@ -70,10 +70,10 @@ def load_tokenizer(config: ARTrainConfig) -> VQModel:
         return VQModel.from_pretrained(config.tokenizer)
     made_by = read_index(config.data.root).tokenizer_hash
     tokenizer = VQModel.from_pretrained(config.tokenizer or config.data.root / "tokenizer")
-    if tokenizer.content_hash() != made_by:
+    if not tokenizer.makes_codes_of(made_by):
         raise UserError(
             f"the codes in {config.data.root} were made by the tokenizer {made_by[:12]}, not by "
-            f"{tokenizer.content_hash()[:12]}; leave tokenizer out, or encode again with `taming vq encode`"
+            f"{tokenizer.codes_hash()[:12]}; leave tokenizer out, or encode again with `taming vq encode`"
         )
     return tokenizer
 

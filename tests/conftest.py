@@ -90,7 +90,7 @@ def make_pipeline(tokenizer: VQModel, condition: dict[str, Any], **transformer: 
             "vocabulary_size": tokenizer.spec.codebook_size,
             "grid": [4, 4],
             "downsample_factor": tokenizer.spec.downsample_factor,
-            "tokenizer_hash": tokenizer.content_hash(),
+            "tokenizer_hash": tokenizer.codes_hash(),
         },
     )
     model = ARModel(config)

@@ -126,7 +126,7 @@ def test_command_writes_model_map_and_codes(tmp_path: Path):
     assert torch.equal(smaller.encode(images), code_map.codes(model.encode(images)))
 
     index = read_index(tmp_path / "out" / "codes")
-    assert index.tokenizer_hash == smaller.content_hash()
+    assert index.tokenizer_hash == smaller.codes_hash()
     assert VQModel.from_pretrained(tmp_path / "out" / "codes" / "tokenizer").codebook.shape[0] == len(
         code_map.new_to_old
     )
