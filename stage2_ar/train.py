@@ -8,6 +8,7 @@ import torch
 
 from stage1_vq import VQModel
 from stage1_vq.codes import read_index
+from stage1_vq.inputs import check_input
 from stage2_ar.codes import CodeDataset
 from stage2_ar.conditions.config import ClassConditionConfig, SegmentationConditionConfig
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
@@ -67,7 +68,9 @@ def load_tokenizer(config: ARTrainConfig) -> VQModel:
                 "tokenizer is missing: pictures need one to become codes; set -o tokenizer=RUN_OF_STAGE_ONE, "
                 "or train on the codes that `taming vq encode` writes (data.kind=codes)"
             )
-        return VQModel.from_pretrained(config.tokenizer)
+        tokenizer = VQModel.from_pretrained(config.tokenizer)
+        check_input(tokenizer.config, config.data.gives)
+        return tokenizer
     made_by = read_index(config.data.root).tokenizer_hash
     tokenizer = VQModel.from_pretrained(config.tokenizer or config.data.root / "tokenizer")
     if not tokenizer.makes_codes_of(made_by):

@@ -14,7 +14,8 @@ from torch import Tensor
 Batch = dict[str, Any]
 """One batch of samples. Keys, each present only where the data has it:
 
-image            (B, C, H, W) uint8 from the loader, float in [-1, 1] inside a step
+image            (B, C, H, W) uint8 from the loader (float in [-1, 1] where files hold more than 8 bits),
+                 float in [-1, 1] inside a step
 codes            (B, h, w) int64 in place of image, where a data set was encoded before
 label            (B,) int64, the class of the whole picture
 segmentation     (B, H, W) int64, one label a pixel

@@ -6,14 +6,16 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from stage1_vq import VQModel
-from tests.conftest import TINY_MODEL, vq_values
+from tests.conftest import TINY_MODEL, ar_values, vq_values
 from tests.end_to_end.test_command_line import refused, succeeds, write_config
 
 LABELS = 5
@@ -96,6 +98,44 @@ def test_maps_of_one_channel(pairs: Path, tmp_path: Path, kind: str, options: di
     succeeds("vq", "reconstruct", run, source, "--out", tmp_path / "painted")
     with Image.open(tmp_path / "painted/0.png") as painted:
         assert painted.mode == "L"
+
+
+def test_a_transformer_writes_codes_of_depth(pairs: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", values(pairs, "depth", 1, depth="depth"))
+    succeeds("vq", "train", config, "-o", f"training.output={tmp_path / 'run'}")
+    data = {"kind": "folder", "root": str(pairs), "size": 16}
+    asked = ar_values(data=data, tokenizer=str(tmp_path / "run"), condition={"kind": "none"})
+    config = write_config(tmp_path / "ar.yaml", asked)
+    assert "model.input depth needs depth, but the data gives image" in refused("ar", "train", config)
+    model = tmp_path / "ar"
+    succeeds("ar", "train", config, "-o", "data.depth=depth", "-o", f"training.output={model}")
+    succeeds("ar", "sample", model, "--out", tmp_path / "out", "--num", 1)
+    with Image.open(tmp_path / "out/0000.png") as sample:
+        assert sample.size == (16, 16)
+
+
+@pytest.mark.slow
+def test_perceptual_figures_from_files_of_weights(pairs: Path, tmp_path: Path) -> None:
+    """With random weights in the files: how they travel, not what they mean."""
+    package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    vgg = torchvision.models.vgg16(weights=None).features.state_dict()
+    torch.save({f"features.{key}": value for key, value in vgg.items()}, tmp_path / "vgg.pth")
+    with (
+        mock.patch.object(package, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(torch.nn.Module, "load_state_dict"),
+    ):
+        inception = package.FeatureExtractorInceptionV3("inception", ["2048"])
+    torch.save(inception.state_dict(), tmp_path / "inception.pth")
+    config = write_config(tmp_path / "c.yaml", values(pairs, "image", 3))
+    succeeds("vq", "train", config, "-o", f"training.output={tmp_path / 'run'}")
+    weights = ("--vgg-weights", tmp_path / "vgg.pth", "--inception-weights", tmp_path / "inception.pth")
+    asked = ("vq", "eval", tmp_path / "run", config, "--out", tmp_path / "out", "--lpips", "--fid")
+    succeeds(*asked, *weights)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["lpips"] > 0
+    assert metrics["reconstruction_fid"] > 0
+    assert "Inception" in metrics["fid_extractor"]
+    assert "lpips" in (tmp_path / "out/pictures.csv").read_text().splitlines()[0]
 
 
 def test_a_decoder_is_tuned_and_codes_stay(pairs: Path, tmp_path: Path) -> None:
