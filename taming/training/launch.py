@@ -44,6 +44,8 @@ def train_or_describe(
         typer.echo(str(interruption), err=True)
         raise typer.Exit(interruption.exit_code) from None
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+    for note in result.notes:  # again, since they may be far above
+        typer.echo(note)
     typer.echo(f"model in {result.model}  {figures}")
 
 
