@@ -16,6 +16,9 @@ SIGMA = 1.0
 LOW, HIGH = 0.03, 0.08
 """Slopes in luminance, of [0, 1], per pixel: an edge starts from HIGH on and goes on from LOW on."""
 
+STEPS_PER_LOOK = 8
+"""Pixels that edges grow before it is asked whether they still do: the answer makes a device wait."""
+
 
 def canny(images: Tensor) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1] -> edges (B, 1, H, W) float32, 1 on an edge and -1 elsewhere.
@@ -80,7 +83,9 @@ def _is_ridge(strength: Tensor, slope_y: Tensor, slope_x: Tensor) -> Tensor:
 def _connected(strong: Tensor, weak: Tensor) -> Tensor:
     """Weak pixels that reach a strong one over weak pixels, along rows, columns and diagonals."""
     while True:
-        grown = (F.max_pool2d(strong.float(), 3, stride=1, padding=1) > 0) & weak | strong
+        grown = strong
+        for _ in range(STEPS_PER_LOOK):
+            grown = (F.max_pool2d(grown.float(), 3, stride=1, padding=1) > 0) & weak | grown
         if torch.equal(grown, strong):
             return strong
         strong = grown
