@@ -10,6 +10,7 @@ from torch import nn
 
 from taming.artifact import load_artifact, load_state, save_artifact
 from taming.config import Config, build_config
+from taming.errors import ArtifactError
 from taming.gan.patchgan import PatchGAN, PatchGANConfig
 from taming.gan.stylegan import StyleGANConfig, StyleGANDiscriminator
 
@@ -44,9 +45,15 @@ def load_discriminator(source: str | Path, network: nn.Module, config: Discrimin
     Raises ArtifactError where one is there and damaged.
     """
     folder = Path(source)
-    if folder.is_dir() and not any((place / FOLDER).is_dir() for place in (folder, folder / "model")):
-        return f"{source} holds no discriminator"
-    values, state = load_artifact(source, ARTIFACT_KIND, subfolder=FOLDER)
+    if folder.is_dir():
+        if not any((place / FOLDER).is_dir() for place in (folder, folder / "model")):
+            return f"{source} holds no discriminator"
+        values, state = load_artifact(source, ARTIFACT_KIND, subfolder=FOLDER)
+    else:
+        try:
+            values, state = load_artifact(source, ARTIFACT_KIND, subfolder=FOLDER)
+        except ArtifactError as error:  # the model was to be had from there, a moment ago
+            return f"no discriminator was found with the model: {error}"
     saved = build_config(_Saved, {"network": values}, source=f"discriminator of {source}").network
     if saved != config:
         return f"the discriminator of {source} is of another config ({saved})"

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from stage1_vq.task import VQTask
+from stage1_vq.train import describe
 from taming.config import Config, build_config
 from taming.gan.actnorm import ActNorm
 from taming.gan.discriminators import DiscriminatorConfig, build_discriminator
@@ -156,3 +157,10 @@ def test_the_deviation_over_the_batch_is_the_loop():
         torch.testing.assert_close(found[picture, 3], wanted.expand(4, 5), rtol=1e-3, atol=1e-4)
     alone = append_batch_deviation(x[:1], 4)
     assert alone[:, 3].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_dry_run_counts_it(name: str):
+    facts = describe(vq_config(discriminator={"network": NETWORKS[name]}))
+    wanted = sum(p.numel() for p in make(name)[1].parameters())
+    assert f"{wanted:,} discriminator" in facts["parameters"]
