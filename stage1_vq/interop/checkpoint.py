@@ -2,7 +2,8 @@
 
 A pickle is a program: it may call whatever it names. `torch.load(weights_only=True)` builds tensors and plain
 containers and refuses the rest; the few classes that published checkpoints carry beside their weights
-(Lightning's callback, the arguments of a script) become inert objects that only hold what is put in them.
+(Lightning's callback, a script's arguments, numbers of numpy) become inert objects that only hold what is put
+in them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ HARMLESS = (
     "pathlib.Path",
     "pathlib.PosixPath",
     "pathlib.PurePosixPath",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
 )
 """Names in published checkpoints whose objects nobody needs: never imported, an inert object stands in."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from taming.errors import UserError
-from taming.options import empty_folder, parse_size, show_figures
+from taming.options import parse_size, show_figures
 
 if TYPE_CHECKING:
     from stage1_vq.interop.imported import Imported
@@ -32,9 +32,11 @@ def import_model(
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving averages of the weights.")] = False,
 ) -> None:
     """Make a tokenizer of another program's model. Its pickles are read without running their code."""
-    imported = read_model(program, source, config=config, part=part, ema=ema)
-    empty_folder(out)
-    imported.save(out)
+    from stage1_vq.interop.exported import new_folder
+
+    with new_folder(out):
+        imported = read_model(program, source, config=config, part=part, ema=ema)
+        imported.save(out)
     spec = imported.model.spec
     typer.echo(
         f"{imported.num_used} tensors make a tokenizer of {spec.codebook_size} codes of width "

@@ -66,12 +66,19 @@ def comparison_inputs(
             f"--size {size[0]}x{size[1]} does not divide into cells of {factor}x{factor} pixels; "
             f"give {height}x{width}"
         )
-    source = "scenes" if pictures is None else pictures
-    overrides = [f"num_validation={limit}"] if pictures is None else []
-    inputs = numbered_inputs(source, (height, width), model.config, overrides)
+    if pictures is not None:
+        inputs = numbered_inputs(pictures, (height, width), model.config)
+    else:
+        try:
+            inputs = numbered_inputs("scenes", (height, width), model.config, [f"num_validation={limit}"])
+        except UserError as error:
+            raise UserError(
+                f"the built-in scenes do not suit this tokenizer ({error}); give --pictures a folder of what "
+                "it was trained on"
+            ) from None
     found = [values[None] for _, _, values in islice(inputs, limit)]
     if not found:
-        raise UserError(f"there are no pictures in {source}")
+        raise UserError(f"there are no pictures in {pictures}")
     return found
 
 
@@ -140,12 +147,15 @@ def write_description(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for an export, gone again where that fails. Raises UserError where it is not empty."""
+    """An empty folder for results, taken back where they fail. Raises UserError where it is not empty."""
+    was_there = path.exists()
     empty_folder(path)
     try:
         yield path
     except BaseException:
         shutil.rmtree(path)
+        if was_there:
+            path.mkdir()
         raise
 
 

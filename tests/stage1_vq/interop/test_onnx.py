@@ -11,8 +11,10 @@ import onnxruntime
 import pytest
 import torch
 
+from stage1_vq.interop.exported import comparison_inputs
 from stage1_vq.interop.onnx import export_onnx, other_shape
 from stage1_vq.model import VQModel
+from taming.errors import UserError
 from tests.stage1_vq.interop.published import small_model
 
 TINY = {"channel_multipliers": [1, 1], "attention_resolutions": [8]}
@@ -31,7 +33,8 @@ def check_export(model: VQModel, folder: Path, inputs: torch.Tensor) -> None:
     report = export_onnx(model, folder, [inputs[:1]])
     assert report.equal_codes is not None
     assert report.equal_codes >= 0.999
-    for values in (inputs, inputs[:1, :, :2, :], inputs[:, :, :, :2], inputs[:1, :, :8]):
+    cell = model.config.downsample_factor
+    for values in (inputs, inputs[:1, :, :cell], inputs[..., :cell], inputs[:1, :, :8]):
         codes = run(folder, "encoder.onnx", values.argmax(1) if labels else values)
         assert codes.dtype == torch.int64
         expected = model.encode(values)
@@ -94,3 +97,22 @@ def test_the_second_comparison_is_of_another_batch_and_size():
     inputs = [torch.zeros(1, 3, 16, 24), torch.zeros(1, 3, 8, 8)]
     assert other_shape(inputs, 4).shape == (3, 3, 12, 24)
     assert other_shape([torch.zeros(1, 3, 4, 8)], 4).shape == (3, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        ({}, (1, 3, 64, 96)),
+        ({"input": "depth", "in_channels": 1}, (1, 1, 64, 96)),
+        ({"input": "edges", "in_channels": 1}, (1, 1, 64, 96)),
+        ({"input": "segmentation", "in_channels": 7}, (1, 7, 64, 96)),
+    ],
+)
+def test_the_scenes_are_what_is_compared_on(change: dict[str, Any], shape: tuple[int, ...]):
+    inputs = comparison_inputs(small_model(**TINY | change), limit=2)
+    assert [values.shape for values in inputs] == [shape, shape]
+
+
+def test_scenes_that_do_not_suit_are_told(tmp_path: Path):
+    with pytest.raises(UserError, match=r"scenes do not suit .* 7 labels.*; give --pictures a folder"):
+        comparison_inputs(small_model(**TINY, input="segmentation", in_channels=12))
