@@ -73,7 +73,7 @@ def reconstruct(
 
     from stage1_vq.evaluate import reconstruct
     from stage1_vq.inputs import as_picture
-    from stage1_vq.pictures import numbered_inputs
+    from stage1_vq.pictures import numbered_inputs, save_restored
     from taming.data.picture import save_png, tile
     from taming.training.distributed import pick_device
 
@@ -82,14 +82,13 @@ def reconstruct(
     frame = None if size is None else parse_size(size)
     inputs = numbered_inputs(data, frame, tokenizer.config, override or [])
     empty_folder(out)
-    alpha = tokenizer.config.input != "segmentation" and tokenizer.spec.in_channels == 4
     shown: list[torch.Tensor] = []
     done = 0
     with progress_bar("reconstruct") as report:
         for done, (total, key, values) in enumerate(inputs, 1):
             _, painted = reconstruct(tokenizer, values[None].to(place))
             pair = [as_picture(x, tokenizer.config)[0].cpu() for x in (values[None], painted)]
-            save_png(painted[0] if alpha else pair[1], out / f"{key}.png")
+            save_restored(painted[0], tokenizer.config, out, key)
             if len(shown) < 16 and (not shown or shown[0].shape == pair[0].shape):
                 shown += pair
             report(done, total)

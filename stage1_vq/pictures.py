@@ -1,16 +1,19 @@
-"""Pictures one by one for a tokenizer: at their own size, or all at one."""
+"""Pictures one by one for a tokenizer, at their own size or all at one, and what it paints as files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from stage1_vq.config import VQModelConfig
-from stage1_vq.inputs import data_for, model_input, read_input
+from stage1_vq.inputs import as_picture, data_for, model_input, read_input
 from taming.data.batch import to_device
 from taming.data.folder import list_pictures
+from taming.data.picture import save_grey, save_png
 from taming.data.source import open_split
 
 
@@ -37,3 +40,24 @@ def numbered_inputs(
             yield len(dataset), batch["key"][0], model_input(batch, config)[0]
 
     return samples()
+
+
+def save_restored(values: Tensor, config: VQModelConfig, folder: Path, key: str) -> None:
+    """Write one restored output (C, H, W) as `folder`/KEY.png.
+
+    Depth is grey of 16 bits, white nearest. Of labels KEY.png shows colours, and labels/KEY.png holds the
+    labels. Where a picture cannot hold the channels, KEY.npy holds them, float32 in [-1, 1], and KEY.png
+    shows the first.
+    """
+    path = folder / f"{key}.png"
+    if config.input == "segmentation":
+        save_grey(values.argmax(0), folder / "labels" / f"{key}.png")
+    if config.input == "depth":
+        save_grey(((values[0].double() + 1) * 32767.5).round().to(torch.int32), path)
+        return
+    if config.input != "segmentation" and len(values) in (1, 3, 4):
+        save_png(values, path)
+        return
+    save_png(as_picture(values[None], config)[0], path)
+    if config.input != "segmentation":
+        np.save(path.with_suffix(".npy"), values.cpu().numpy())

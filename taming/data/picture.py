@@ -128,6 +128,14 @@ def save_png(image: Tensor, path: str | Path) -> None:
     Image.fromarray(np.ascontiguousarray(array)).save(path, format="PNG")
 
 
+def save_grey(values: Tensor, path: str | Path) -> None:
+    """Write whole numbers (H, W) in [0, 65535] as a grey PNG: 8 bits where they fit, else 16."""
+    array = values.cpu().numpy()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8 if array.max() < 256 else np.uint16)).save(path, format="PNG")
+
+
 def tile(images: Tensor, columns: int, pad: int = 2) -> Tensor:
     """Lay pictures (N, C, H, W) in [-1, 1] out in rows of `columns` on white: (C, H', W')."""
     num, channels, height, width = images.shape

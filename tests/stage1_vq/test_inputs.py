@@ -14,13 +14,15 @@ from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
 from stage1_vq.evaluate import evaluate_tokenizer
 from stage1_vq.inputs import as_picture, check_input, data_for, model_input, one_hot
-from stage1_vq.pictures import numbered_inputs
+from stage1_vq.pictures import numbered_inputs, save_restored
 from stage1_vq.task import VQTask
 from stage1_vq.train import describe, train
 from taming.config import build_config
 from taming.data.batch import to_device
+from taming.data.channels import read_pixels
 from taming.data.config import ScenesDataConfig
 from taming.data.dataset import open_dataset
+from taming.data.picture import read_depth, read_labels
 from taming.errors import ConfigError, DataError, UserError
 from tests.conftest import TINY_MODEL, TINY_TRAINING, vq_config
 
@@ -210,6 +212,25 @@ def test_any_number_of_channels_factor_and_shape(
     result = train(config, tmp_path / "run")
     assert result.figures["psnr"] > 0
     assert VQModel.from_pretrained(result.model).spec.in_channels == channels
+
+
+def test_what_is_painted_is_written_whole(tmp_path: Path) -> None:
+    grid = torch.linspace(-1, 1, 12 * 14).view(1, 12, 14)
+    save_restored(grid, model_config("depth", 1), tmp_path, "far")
+    assert np.allclose(read_depth(tmp_path / "far.png"), (grid[0] + 1) / 2, atol=1e-5)
+    labels = torch.arange(12 * 14).view(1, 12, 14) % 300
+    logits = one_hot(labels, 300)[0]
+    save_restored(logits, model_config("segmentation", 300), tmp_path, "a/map")
+    assert np.array_equal(read_labels(tmp_path / "labels/a/map.png"), labels[0])
+    assert read_pixels(tmp_path / "a/map.png", 3).shape == (3, 12, 14)
+    for channels in (2, 4, 5):
+        values = grid.repeat(channels, 1, 1)
+        save_restored(values, model_config("image", channels), tmp_path, f"c{channels}")
+        suffix = "png" if channels == 4 else "npy"
+        found = read_pixels(tmp_path / f"c{channels}.{suffix}", channels)
+        found = found / 127.5 - 1 if channels == 4 else found
+        assert np.allclose(found, values, atol=1 / 255)
+        assert (tmp_path / f"c{channels}.png").is_file()
 
 
 def test_rgba_is_shown_over_white() -> None:
