@@ -26,9 +26,6 @@ from taming.options import (
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
-app.command("import")(import_model)
-app.command("export")(export_model)
-app.command("compact")(compact)
 
 Model = Annotated[str, typer.Argument(help="A saved tokenizer: a folder, a run, or a hub id.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 64, or HxW as in 64x96; default: as trained.")]
@@ -191,6 +188,12 @@ def evaluate(
         write_rows(result, out / "pictures.csv")
         save_png(survival_sheet(tokenizer, dataset, result, device=place), out / "sheet.png")
         typer.echo(f"each picture's figures in {out / 'pictures.csv'}, examples in {out / 'sheet.png'}")
+
+
+# In the order of help: what is done to a tokenizer after what it does.
+app.command("import")(import_model)
+app.command("export")(export_model)
+app.command("compact")(compact)
 
 
 def _load(source: str) -> Any:

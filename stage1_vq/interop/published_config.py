@@ -101,9 +101,7 @@ def _part_of(params: dict[str, Any], part: Part | None, path: Path) -> dict[str,
 
 def _translate(family: Family, target: str, params: dict[str, Any], path: Path) -> Published:
     net = _mapping(params, "ddconfig", path)
-    _only_known(
-        params, MODEL_KEYS | IDLE_MODEL_KEYS, MODEL_KEYS - {"n_labels", "kl_weight", "image_key"}, path
-    )
+    _only_known(params, MODEL_KEYS | IDLE_MODEL_KEYS, {"ddconfig", "n_embed", "embed_dim"}, path)
     idle = IDLE_NET_VALUES.keys() | {"dropout", "attn_type", "out_ch"}
     _only_known(net, NET_KEYS | idle, NET_KEYS, path)
     for key, only in IDLE_NET_VALUES.items():
@@ -117,17 +115,21 @@ def _translate(family: Family, target: str, params: dict[str, Any], path: Path) 
     attention = net.get("attn_type", "vanilla")
     if attention not in ("vanilla", "none"):
         raise ConfigError(f"{path}: ddconfig.attn_type is {attention!r}; vanilla and none can be imported")
-    loss = params["lossconfig"] if isinstance(params["lossconfig"], dict) else {}
-    loss_params = loss.get("params") or {}
+    loss = params.get("lossconfig") or {}
+    loss_params = (loss.get("params") if isinstance(loss, dict) else None) or {}
     try:
         levels = [net["resolution"] // 2**level for level in range(len(net["ch_mult"]))]
-        sizes = [] if attention == "none" else [s for s in net["attn_resolutions"] if s in levels]
-    except TypeError as error:
-        raise ConfigError(f"{path}: ddconfig is not of the published form ({error})") from None
+        wanted = list(net["attn_resolutions"])
+        multipliers = list(net["ch_mult"])
+        loss_weight = float(loss_params.get("codebook_weight", 1.0))
+        kl_weight = float(params.get("kl_weight", 1e-8))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is not of the published form ({error})") from None
+    sizes = [] if attention == "none" else [size for size in wanted if size in levels]
     notes = []
     if family == "nearest" or family == "ema":
         notes.append("quantizer trained with beta 0.25 (the published training code has no other)")
-    if list(net["attn_resolutions"]) != sizes:
+    if wanted != sizes:
         notes.append(f"attention_resolutions is {sizes}: no level has another size, or attn_type is none")
     kind = params.get("image_key", "image")
     segmentation = target.endswith("VQSegmentationModel") or kind == "segmentation"
@@ -141,7 +143,7 @@ def _translate(family: Family, target: str, params: dict[str, Any], path: Path) 
         "in_channels": net["in_channels"],
         "resolution": net["resolution"],
         "channels": net["ch"],
-        "channel_multipliers": list(net["ch_mult"]),
+        "channel_multipliers": multipliers,
         "num_res_blocks": net["num_res_blocks"],
         "attention_resolutions": sizes,
         "mid_attention": attention != "none",
@@ -151,8 +153,8 @@ def _translate(family: Family, target: str, params: dict[str, Any], path: Path) 
             family,
             params["n_embed"],
             params["embed_dim"],
-            loss_weight=float(loss_params.get("codebook_weight", 1.0)),
-            kl_weight=params.get("kl_weight", 1e-8),
+            loss_weight=loss_weight,
+            kl_weight=kl_weight,
         )
         | (_temperature(params.get("temperature_scheduler_config")) if family == "gumbel" else {}),
     }

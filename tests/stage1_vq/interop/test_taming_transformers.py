@@ -371,6 +371,8 @@ def test_what_cannot_be_trusted_is_refused_by_name(tmp_path: Path, damage: Any):
         ("tanh_out", True, "ddconfig.tanh_out is True"),
         ("attn_type", "linear", "ddconfig.attn_type is 'linear'"),
         ("out_ch", 6, "out_ch is 6 and in_channels 3"),
+        ("ch_mult", 4, "not of the published form"),
+        ("resolution", "large", "not of the published form"),
         ("ch", 48, "norm_num_groups 32 does not divide"),
         ("surprise", 1, "key 'surprise' is not one that can be imported"),
     ],
@@ -382,6 +384,25 @@ def test_networks_that_ours_is_not_are_refused(tmp_path: Path, key: str, value: 
     checkpoint, config = write_published(tmp_path, model.state_dict(), description)
     with pytest.raises(ConfigError, match=message):
         import_taming_transformers(checkpoint, config=config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_embed": "many"},
+        {"kl_weight": "small"},
+        {"lossconfig": {"params": {"codebook_weight": []}}},
+        {"lossconfig": {"params": 3}},
+        {"ddconfig": 3},
+    ],
+    ids=str,
+)
+def test_values_of_another_form_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any]):
+    model = small_model()
+    checkpoint, config = write_published(tmp_path, model.state_dict(), published_yaml(model, **change))
+    with pytest.raises(ConfigError) as refused:
+        import_taming_transformers(checkpoint, config=config)
+    assert "\n" not in str(refused.value)
 
 
 def test_parts_of_a_larger_checkpoint(tmp_path: Path):
