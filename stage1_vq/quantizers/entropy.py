@@ -28,7 +28,7 @@ def bit_entropies(logits: Tensor, group_bits: int, *, training: bool) -> tuple[T
 
     A row's entropy is the sum over its bits. Over the batch bits do depend on each other: their joint
     distribution is made for consecutive groups of `group_bits`, and the groups' entropies are summed, an
-    upper bound (Zhao et al. 2024, arXiv:2406.07548, 3.3) that is exact for one group. A group is split in
+    upper bound (Zhao et al. 2024, arXiv:2406.07548) that is exact for one group. A group is split in
     halves a, b: the joint mean is A^T B / N for tables A (N, 2^a), B (N, 2^b), so that the (N, 2^L)
     probabilities are never made.
     """

@@ -18,7 +18,7 @@ class LFQConfig(BinaryConfig):
 
 
 class LFQQuantizer(BinaryQuantizer):
-    """loss = commitment_weight |z - sg(q)|^2 + entropy_weight (E[H(p)] - diversity H(E[p])) (Eq. 5)."""
+    """loss = commitment_weight |z - sg(q)|^2 + entropy_weight (E[H(p)] - diversity H(E[p]))."""
 
     def __init__(self, config: LFQConfig) -> None:
         super().__init__(config, magnitude=1.0)
