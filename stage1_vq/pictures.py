@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stage1_vq.config import VQModelConfig
-from stage1_vq.inputs import as_picture, data_for, model_input, read_input
+from stage1_vq.inputs import as_picture, data_for, model_input, read_input, source_key
 from taming.data.batch import to_device
 from taming.data.folder import list_pictures
 from taming.data.picture import save_grey, save_png
@@ -22,11 +22,14 @@ def numbered_inputs(
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(how many in all, key, the model's input (C, H, W)) of a folder, a config's data or "scenes".
 
-    Files of a folder keep their own size where `size` is None, cropped about the centre to whole cells.
-    Raises UserError.
+    Files of a folder (or of its folder images, segmentation, ... for what the tokenizer takes) keep their own
+    size where `size` is None, cropped about the centre to whole cells. Raises UserError.
     """
     folder = Path(source)
     if size is None and folder.is_dir() and not overrides:
+        key = source_key(config.input)
+        inner = folder / ("images" if key == "image" else key)
+        folder = inner if inner.is_dir() else folder
         paths = list_pictures(folder)
         return (
             (len(paths), path.relative_to(folder).with_suffix("").as_posix(), read_input(path, config))

@@ -37,9 +37,13 @@ def made(kind: str = "image", in_channels: int = 3) -> VQModel:
     return VQModel(build_config(VQModelConfig, values)).eval()
 
 
-def test_perceptual_figures_are_means_over_pictures(tokenizer: VQModel) -> None:
+@pytest.fixture(scope="module")
+def lpips() -> PerceptualDistance:
+    return PerceptualDistance(random_weights=True)
+
+
+def test_perceptual_figures_are_means_over_pictures(tokenizer: VQModel, lpips: PerceptualDistance) -> None:
     dataset = open_dataset(DATA, "validation")
-    lpips = PerceptualDistance(random_weights=True)
     found = evaluate_tokenizer(tokenizer, dataset, batch_size=3, lpips=lpips, inception=MeanColours())
     assert tuple(found.rows) == ("psnr", "ssim", "l1", "lpips")
     images = dataset.batch([4], [-1])["image"].float() / 127.5 - 1
@@ -55,12 +59,14 @@ def test_perceptual_figures_are_means_over_pictures(tokenizer: VQModel) -> None:
 
 
 @pytest.mark.parametrize(("kind", "channels"), [("segmentation", 7), ("image", 4)])
-def test_networks_for_pictures_are_not_asked_about_others(kind: str, channels: int) -> None:
+def test_networks_for_pictures_are_not_asked_about_others(
+    kind: str, channels: int, lpips: PerceptualDistance
+) -> None:
     dataset = open_dataset(DATA, "validation")
     with pytest.raises(UserError, match=f"--fid looks at pictures of 1 or 3 channels; .* of {kind}"):
         evaluate_tokenizer(made(kind, channels), dataset, inception=MeanColours())
     with pytest.raises(UserError, match="--lpips looks at pictures"):
-        evaluate_tokenizer(made(kind, channels), dataset, lpips=PerceptualDistance(random_weights=True))
+        evaluate_tokenizer(made(kind, channels), dataset, lpips=lpips)
 
 
 def test_the_protocol_is_stated(tokenizer: VQModel) -> None:

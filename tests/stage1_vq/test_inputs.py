@@ -194,6 +194,10 @@ def test_maps_beside_pictures_are_found(tmp_path: Path) -> None:
     data = data_for(model_config("segmentation", 5), str(tmp_path), size=16)
     assert data.gives == {"image": 3, "segmentation": 5}
     assert open_dataset(data, "train").sample(0, -1)["segmentation"].unique().tolist() == [3]
+    for config, value in ((model_config("segmentation", 5), 1), (model_config("image", 3), -1)):
+        inputs = list(numbered_inputs(str(tmp_path), None, config))
+        assert [key for _, key, _ in inputs] == ["0", "1", "2"]
+        assert (inputs[0][2][3 if config.in_channels == 5 else 0] == value).all()
 
 
 @pytest.mark.parametrize(("channels", "levels", "size"), [(1, 2, 16), (4, 4, (16, 24)), (5, 6, (32, 64))])
