@@ -13,10 +13,11 @@ from pydantic import Field
 from taming.config import Config
 from taming.training.host_state import HostState
 
-FALLING = 0.95
-"""An error below this share of the first window's is on its way down."""
-DECISIVE = 1.5
-"""Times the blind error at which two windows settle what otherwise takes three."""
+EARLY = {2: (1.05, 1.5), 3: (1.0, 1.2)}
+"""Of the second and the third window with the term: times the first window's error, and times the blind one,
+that are too much."""
+STRETCH, FALLING = 5, 0.95
+"""Windows in which an error that is still above the blind one must fall to this share of itself."""
 PAUSE = 2
 """Windows without the term after a rollback: the guard's measure of what the reconstruction alone reaches."""
 
@@ -44,7 +45,7 @@ class CollapseGuard(HostState):
     """
 
     saved = (
-        "total", "blind_total", "number", "best", "first", "windows",
+        "total", "blind_total", "number", "best", "reference", "windows",
         "rollbacks", "resumed_step", "healthy_step", "armed", "learned",
     )  # fmt: skip
 
@@ -55,7 +56,7 @@ class CollapseGuard(HostState):
         self.collapse: str | None = None
         """What the last step showed, for the loop, which then calls `rolled_back`."""
         self.total, self.blind_total, self.number = 0.0, 0.0, 0
-        self.best = self.first = float("inf")
+        self.best = self.reference = float("inf")
         self.windows = 0
         """Finished ones since the term first counted, none of them a collapse."""
         self.rollbacks = 0
@@ -111,7 +112,7 @@ class CollapseGuard(HostState):
         self.resumed_step = step + PAUSE * self.config.window
         self.healthy_step, self.armed, self.collapse = step, False, None
         self.total, self.blind_total, self.number = 0.0, 0.0, 0
-        self.first, self.windows = float("inf"), 0
+        self.reference, self.windows = float("inf"), 0
 
     def _judge(self, step: int, error: float, blind: float, *, whole: bool) -> None:
         if self.active and self.counts(step):
@@ -120,7 +121,8 @@ class CollapseGuard(HostState):
             return
         if self.counts(step):
             self.windows += 1
-            self.first = error if self.windows == 1 else self.first
+            if self.windows == 1 or self.windows % STRETCH == 0:
+                self.reference = error
         self.best = min(self.best, error)
         self.learned = self.learned or error < blind
         if self.learned and error <= (1 + 0.5 * self.config.share) * self.best:
@@ -131,8 +133,10 @@ class CollapseGuard(HostState):
         over = f"its mean error over {self.number} steps is {error:.4g}"
         if error > (1 + self.config.share) * self.best:
             return f"{over}, {error / self.best:.2g} times the best window's {self.best:.4g}"
-        if self.learned or self.windows == 0 or error < FALLING * self.first:
+        number = self.windows + 1
+        limits = (FALLING, 1.0) if number % STRETCH == 0 else EARLY.get(number)
+        if self.learned or limits is None:
             return None
-        if error >= blind * (DECISIVE if self.windows == 1 else 1):
+        if error >= limits[0] * self.reference and error >= limits[1] * blind:
             return f"{over}, not falling, and each picture's mean colour alone would give {blind:.4g}"
         return None

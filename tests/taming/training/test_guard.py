@@ -46,7 +46,13 @@ def test_before_the_term_counts_nothing_is_its_fault():
 
 @pytest.mark.parametrize(
     ("errors", "windows"),
-    [((1.7, 2.0), 2), ((1.2, 1.3, 1.25), 3), ((1.05, 1.04, 1.03), 3), ((1.9, 1.4, 1.9), 3)],
+    [
+        ((1.7, 2.0), 2),
+        ((1.2, 1.3, 1.25), 3),
+        ((1.05, 1.04, 1.03, 1.04, 1.03), 5),
+        ((1.9, 1.4, 1.9), 3),
+        ((1.9, *[1.7] * 9), 10),  # it fell at first, and then no more
+    ],
 )
 def test_a_run_that_was_ruined_before_it_was_good(errors: tuple[float, ...], windows: int):
     run = Run()
@@ -59,6 +65,7 @@ def test_a_run_that_was_ruined_before_it_was_good(errors: tuple[float, ...], win
     [
         (1.7, 1.5, 1.3, 1.1, 0.9, 0.7),  # slow, but falling
         (9.0, 6.0, 4.0, 3.0, 2.0, 1.0),  # from far away
+        tuple(1.8 * 0.985**window for window in range(40)),  # 1.5 % a window, for forty windows
         (1.3, 0.95, 0.95, 0.95, 0.95, 0.95),  # level, but better than nothing
         (1.36, 1.38, 1.1, 0.8, 0.6, 0.5),  # held back at first, as by a weight of 0.8 from step 0
     ],
