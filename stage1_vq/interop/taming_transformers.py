@@ -15,8 +15,13 @@ from torch import Tensor
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.interop.checkpoint import file_hash, read_checkpoint, tensors_of
-from stage1_vq.interop.imported import Imported, build_model, discriminator_from, net_from_shapes
-from stage1_vq.interop.imported import grouped as grouped_by_reason
+from stage1_vq.interop.imported import (
+    Imported,
+    build_model,
+    discriminator_from,
+    grouped,
+    net_from_shapes,
+)
 from stage1_vq.interop.published_config import Family, Part, Published, quantizer_values, read_published
 from stage1_vq.model import VQModel
 from taming.config import build_config
@@ -70,7 +75,7 @@ def import_taming_transformers(
         model,
         num_used=len(state) + len(second) + (found.kept_codes is not None),
         discriminator=discriminator_from(second, source=checkpoint) if second else None,
-        left_out=grouped_by_reason(found.left_out),
+        left_out=grouped(found.left_out),
         notes=tuple(notes),
         origin={
             "program": "taming-transformers",
