@@ -61,7 +61,8 @@ class GumbelConfig(Config):
 class GumbelQuantizer(Quantizer):
     """A cell's latent gives logits over the codes; training draws from them, encoding takes the largest.
 
-    loss = kl_weight * sum_k p_k log(K p_k), a mean over cells. State names are the published ones.
+    loss = kl_weight * sum_k p_k log(K p_k), a mean over cells. State names are the published ones; a new
+    model starts with the codes themselves as the projection to logits.
     """
 
     row_tensors = ("proj.weight", "proj.bias", "embed.weight")
@@ -72,6 +73,11 @@ class GumbelQuantizer(Quantizer):
         self.temperature = config.temperature_start
         self.proj = nn.Conv2d(config.code_dim, config.codebook_size, 1)
         self.embed = nn.Embedding(config.codebook_size, config.code_dim)
+        # Logits z.e from the start: unrelated tables, as published, leave most codes idle for long.
+        with torch.no_grad():
+            self.proj.weight.copy_(self.embed.weight[:, :, None, None])
+        assert self.proj.bias is not None
+        nn.init.zeros_(self.proj.bias)
 
     @property
     def codebook(self) -> Tensor:
