@@ -132,7 +132,7 @@ def _explain(schema: type[Config], error: Any) -> str:
     if kind == "missing":
         return f"key {name} is missing; set it in the file or with -o {name}=VALUE"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        expected = error.get("ctx", {}).get("expected_tags", "")
+        expected = ", ".join(map(repr, _kinds_at(schema, loc)))
         given = error.get("ctx", {}).get("tag")
         given = f"{given!r} is not one of the kinds" if given is not None else "needs a kind, one of"
         return f"{name}.kind: {given} {expected}"
@@ -159,6 +159,15 @@ def _keys_at(schema: type[Config], loc: Sequence[Any]) -> list[str]:
         node, _ = _step(node, part)
     node = _strip(node)
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+
+
+def _kinds_at(schema: type[Config], loc: Sequence[Any]) -> list[str]:
+    node: Any = schema
+    for part in loc:
+        node, _ = _step(node, part)
+    members = [_strip(member) for member in get_args(_strip(node))]
+    tags = [member.model_fields["kind"] for member in members if hasattr(member, "model_fields")]
+    return [str(kind) for tag in tags for kind in get_args(tag.annotation)]
 
 
 def _step(node: Any, part: Any) -> tuple[Any, bool]:

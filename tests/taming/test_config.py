@@ -51,6 +51,7 @@ def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ({"shape": {"kind": "wide", "widht": 3}}, r"unknown key shape\.widht; did you mean width\?"),
         ({"shapes": 1}, r"unknown key shapes; did you mean shape\?"),
         ({"shape": {"kind": "round"}}, r"shape\.kind: 'round' is not one of the kinds 'wide', 'tall'"),
+        ({"shape": {"width": 3}}, r"shape\.kind: needs a kind, one of 'wide', 'tall'"),
         ({"shape": {"kind": "wide", "width": -1}}, r"shape\.width: .*greater than 0 \(given: -1\)"),
         ({"extra": {"heigth": 1}}, r"unknown key extra\.heigth; did you mean height\?"),
     ],
