@@ -71,8 +71,8 @@ def compact(
         rewrite_codes(codes, out / "codes", smaller, code_map)
     facts = {
         "source": model,
-        "source_hash": tokenizer.content_hash(),
-        "tokenizer_hash": smaller.content_hash(),
+        "source_hash": tokenizer.codes_hash(),
+        "tokenizer_hash": smaller.codes_hash(),
         "codebook_size_before": len(kept),
         "codebook_size": smaller.spec.codebook_size,
         "data": data,

@@ -134,7 +134,7 @@ def test_command_writes_model_map_and_codes(tmp_path: Path):
     assert torch.equal(shard["codes"][:, 0].long(), smaller.encode(pictures(scenes(8))))
     facts = json.loads((tmp_path / "out" / "compact.json").read_text(encoding="utf-8"))
     assert facts["codebook_size"] == smaller.spec.codebook_size > facts["used_on_data"]
-    assert facts["source_hash"] == model.content_hash()
+    assert facts["source_hash"] == model.codes_hash()
 
 
 def test_codes_of_another_model_and_folders_without_a_map_are_refused(tmp_path: Path):
