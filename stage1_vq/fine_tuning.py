@@ -30,6 +30,7 @@ TRAINING_ONLY = frozenset(
         "quantizer.kmeans_init",
         "quantizer.loss_weight",
         "quantizer.revive_after",
+        "quantizer.revive_below",
         "quantizer.temperature_end",
         "quantizer.temperature_hold_steps",
         "quantizer.temperature_start",
@@ -38,7 +39,7 @@ TRAINING_ONLY = frozenset(
 )
 """Keys of the model's config that change neither the shape of a weight nor what it means."""
 
-HEALTH_BUFFERS = {"initialised": 1, "steps_unused": 0}
+HEALTH_BUFFERS = {"initialised": 1, "steps_unused": 0, "choice_rate": 1}
 """Buffers that only some options have, and their value in a codebook that is in use."""
 
 

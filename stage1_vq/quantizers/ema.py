@@ -44,7 +44,13 @@ class EMAQuantizer(TableQuantizer):
     which throws codes that were never chosen far away.
     """
 
-    row_tensors = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg", "steps_unused")
+    row_tensors = (
+        "embedding.weight",
+        "embedding.cluster_size",
+        "embedding.embed_avg",
+        "steps_unused",
+        "choice_rate",
+    )
 
     def __init__(self, config: EMAConfig) -> None:
         super().__init__(config)

@@ -8,15 +8,20 @@ Axes: N latents, D code width, K codes.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stage1_vq.quantizers.base import Quantizer
 from stage1_vq.quantizers.search import nearest_codes
 from taming.collective import from_main_process, gather_rows, sum_over_processes
 from taming.config import Config
+
+RATE_DECAY = 0.98
+"""What the running mean of how often a code is chosen keeps each step."""
+SETTLING_FROM = 0.8
 
 
 class TableConfig(Config):
@@ -28,6 +33,15 @@ class TableConfig(Config):
     """Start from the k-means centres of the first latents instead of noise."""
     revive_after: int | None = Field(default=None, ge=1)
     """Replace a code that was not chosen for this many steps by a recent latent; null: never."""
+    revive_below: float | None = Field(default=None, gt=0, lt=1)
+    """Replace as well a code that is chosen less than this share of the average, by a running mean: evens the
+    codes out. Needs revive_after; rests in the last fifth of a run, in which codes and averages settle."""
+
+    @model_validator(mode="after")
+    def _revives_at_all(self) -> Self:
+        if self.revive_below is not None and self.revive_after is None:
+            raise ValueError("revive_below does nothing without revive_after; set both, or neither")
+        return self
 
 
 class TableQuantizer(Quantizer):
@@ -39,6 +53,7 @@ class TableQuantizer(Quantizer):
 
     initialised: Tensor
     steps_unused: Tensor
+    choice_rate: Tensor
 
     def __init__(self, config: TableConfig) -> None:
         super().__init__(config.codebook_size, config.code_dim)
@@ -47,6 +62,9 @@ class TableQuantizer(Quantizer):
             self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         if config.revive_after is not None:
             self.register_buffer("steps_unused", torch.zeros(config.codebook_size, dtype=torch.int64))
+        if config.revive_below is not None:
+            self.register_buffer("choice_rate", torch.ones(config.codebook_size))
+        self._settling = False
         self._counts: Tensor | None = None
         self._recent: Tensor | None = None
         self._first: list[Tensor] = []
@@ -68,6 +86,10 @@ class TableQuantizer(Quantizer):
             self._counts = counts if self._counts is None else self._counts + counts
             self._recent = latents
 
+    def before_step(self, step: int, total_steps: int) -> None:
+        """Codes that are merely rare stay where they are near the end of a run."""
+        self._settling = step >= SETTLING_FROM * total_steps
+
     def forget(self) -> None:
         """Drop the latents seen so far: they were not yet those that k-means should start from."""
         self._first.clear()
@@ -88,15 +110,22 @@ class TableQuantizer(Quantizer):
         self._counts = self._recent = None
 
     def _revive(self, revive_after: int, counts: Tensor) -> None:
-        used = sum_over_processes(counts) > 0
-        self.steps_unused.add_(1).masked_fill_(used, 0)
+        counts = sum_over_processes(counts)
+        self.steps_unused.add_(1).masked_fill_(counts > 0, 0)
         dead: Tensor = self.steps_unused.ge(revive_after)
+        if self.health.revive_below is not None:
+            share = counts * (self.codebook_size / counts.sum())
+            self.choice_rate.lerp_(share, 1 - RATE_DECAY)
+            if not self._settling:
+                dead = dead | (self.choice_rate < self.health.revive_below)
         assert self._recent is not None
         if dead.any():
             # The counts are the same on every process, hence this branch; the choice is the main one's.
             picks = torch.randint(len(self._recent), (self.codebook_size,), device=dead.device)
             self.place(dead, from_main_process(self._recent[picks]))
             self.steps_unused.masked_fill_(dead, 0)
+            if self.health.revive_below is not None:
+                self.choice_rate.masked_fill_(dead, 1)
 
 
 def kmeans(latents: Tensor, num_centres: int, iterations: int = 10) -> Tensor:

@@ -43,7 +43,7 @@ class IBQQuantizer(TableQuantizer):
     Training holds the (N, K) logits, as the method must; encoding does not.
     """
 
-    row_tensors = ("embedding.weight", "steps_unused")
+    row_tensors = ("embedding.weight", "steps_unused", "choice_rate")
 
     def __init__(self, config: IBQConfig) -> None:
         super().__init__(config)

@@ -37,7 +37,7 @@ class NearestQuantizer(TableQuantizer):
     elements.
     """
 
-    row_tensors = ("embedding.weight", "steps_unused")
+    row_tensors = ("embedding.weight", "steps_unused", "choice_rate")
 
     def __init__(self, config: NearestConfig) -> None:
         super().__init__(config)

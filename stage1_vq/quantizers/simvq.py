@@ -32,7 +32,7 @@ class SimVQConfig(TableConfig):
 class SimVQQuantizer(TableQuantizer):
     """Code k is W c_k with c_k ~ N(0, 1/D) fixed; loss as the nearest quantizer's, beta on commitment."""
 
-    row_tensors = ("embedding.weight", "steps_unused")
+    row_tensors = ("embedding.weight", "steps_unused", "choice_rate")
 
     def __init__(self, config: SimVQConfig) -> None:
         super().__init__(config)

@@ -18,7 +18,7 @@ from taming.training.config import TrainingConfig
 from taming.training.distributed import make_accelerator
 from taming.training.task import Task
 
-FOR_STEPS = 0.93
+FOR_STEPS = 0.9
 """Share of a run's time that its steps may take; evaluations, previews and saving take the rest."""
 FEWEST_STEPS = 50
 

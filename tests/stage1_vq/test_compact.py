@@ -27,7 +27,7 @@ from taming.errors import ArtifactError, DataError, UserError
 
 TABLES = [
     {"kind": "nearest"},
-    {"kind": "nearest", "l2_normalised": True, "revive_after": 5},
+    {"kind": "nearest", "l2_normalised": True, "revive_after": 5, "revive_below": 0.5},
     {"kind": "ema"},
     {"kind": "gumbel"},
     {"kind": "simvq"},

@@ -21,7 +21,7 @@ from tests.conftest import TINY_MODEL, TINY_TRAINING, vq_config
 
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "nearest": {"kind": "nearest", "kmeans_init": True, "revive_after": 1},
-    "ema": {"kind": "ema", "revive_after": 1},
+    "ema": {"kind": "ema", "revive_after": 1, "revive_below": 0.5},
     "gumbel": {"kind": "gumbel"},
     "simvq": {"kind": "simvq", "kmeans_init": True, "revive_after": 1},
     "ibq": {"kind": "ibq", "revive_after": 1},
