@@ -243,7 +243,7 @@ class _Payload:
 
 
 def break_payload(checkpoint: Path, config: Path, canary: Path) -> str:
-    state = torch.load(checkpoint)["state_dict"]
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
     torch.save({"state_dict": state, "callbacks": _Payload(canary)}, checkpoint)
     return "names posix.system"
 
@@ -274,7 +274,7 @@ def break_text(checkpoint: Path, config: Path, canary: Path) -> str:
 
 
 def _change(checkpoint: Path, **changes: torch.Tensor | None) -> None:
-    content = torch.load(checkpoint)
+    content = torch.load(checkpoint, weights_only=True)
     for key, value in changes.items():
         name = key.replace("__", ".")
         content["state_dict"].pop(name)
@@ -289,7 +289,7 @@ def break_missing_key(checkpoint: Path, config: Path, canary: Path) -> str:
 
 
 def break_extra_key(checkpoint: Path, config: Path, canary: Path) -> str:
-    content = torch.load(checkpoint)
+    content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["encoder.extra"] = torch.zeros(1)
     torch.save(content, checkpoint)
     return r"1 keys are not expected \(encoder.extra\)"
