@@ -28,7 +28,7 @@ class VQModelConfig(Config):
     """The size that `attention_resolutions` refers to; pictures of any other size pass as well."""
     patch_size: Positive = 1
     """Squares of so many pixels enter as one position (space to depth) and leave as one: with 2 the costly
-    full-size layers fall away, which at f4 trains several times as fast. 1 is as published."""
+    full-size layers fall away (docs/log.md has what that gives). 1 is as published."""
     channels: Positive = 128
     channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
     """One a level; each level but the last halves the size."""
