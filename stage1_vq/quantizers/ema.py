@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_vq.quantizers.base import QuantizedRows
+from stage1_vq.quantizers.directions import DirectionTableConfig, DirectionTableQuantizer
 from stage1_vq.quantizers.gradient import GradientKind, attraction, pass_gradient
-from stage1_vq.quantizers.health import TableConfig, TableQuantizer
 from stage1_vq.quantizers.search import nearest_codes
 from taming.collective import sum_over_processes
 
 
-class EMAConfig(TableConfig):
+class EMAConfig(DirectionTableConfig):
     """A nearest-code quantizer whose table no optimiser moves."""
 
     kind: Literal["ema"] = "ema"
@@ -29,13 +29,11 @@ class EMAConfig(TableConfig):
     """What the averages keep each step."""
     epsilon: float = Field(default=1e-5, gt=0)
     """Laplace smoothing of the counts."""
-    l2_normalised: bool = False
-    """Compare directions only: latents and codes of length one."""
     gradient: GradientKind = "straight_through"
     """rotation: the gradient is turned as the latent is turned onto its code (arXiv:2410.06424)."""
 
 
-class EMAQuantizer(TableQuantizer):
+class EMAQuantizer(DirectionTableQuantizer):
     """Each latent becomes its nearest code; loss = beta |z - sg(q)|^2, a mean over all elements.
 
     forward only remembers; once a step `after_step` moves the averages by what all micro-batches of all
@@ -58,16 +56,11 @@ class EMAQuantizer(TableQuantizer):
         self.embedding = _AveragedTable(config.codebook_size, config.code_dim)
         self._chosen: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def codebook(self) -> Tensor:
-        weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=1) if self.config.l2_normalised else weight
-
     def choose(self, rows: Tensor) -> Tensor:
-        return nearest_codes(self._compared(rows), self.codebook)
+        return nearest_codes(self.compared(rows), self.codebook)
 
     def quantize_rows(self, rows: Tensor) -> QuantizedRows:
-        rows, codebook = self._compared(rows), self.codebook
+        rows, codebook = self.compared(rows), self.codebook
         indices = nearest_codes(rows.detach(), codebook)
         codes = F.embedding(indices, codebook)
         if self.training:
@@ -105,9 +98,6 @@ class EMAQuantizer(TableQuantizer):
         )
         chosen = (counts > 0)[:, None]
         table.weight.copy_(torch.where(chosen, table.embed_avg / smoothed[:, None], table.weight))
-
-    def _compared(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=1) if self.config.l2_normalised else rows
 
 
 class _AveragedTable(nn.Module):

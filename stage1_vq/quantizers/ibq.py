@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_vq.quantizers.base import QuantizedRows
+from stage1_vq.quantizers.directions import DirectionTableConfig, DirectionTableQuantizer
 from stage1_vq.quantizers.entropy import categorical_entropies
 from stage1_vq.quantizers.gradient import attraction
-from stage1_vq.quantizers.health import TableConfig, TableQuantizer
 from stage1_vq.quantizers.search import largest_logit
 
 
-class IBQConfig(TableConfig):
+class IBQConfig(DirectionTableConfig):
     """A table whose codes are chosen by their dot product with the latent."""
 
     kind: Literal["ibq"] = "ibq"
@@ -31,11 +31,9 @@ class IBQConfig(TableConfig):
     """Weight of (a cell's entropy - the batch's entropy) over the codes, in nats."""
     entropy_temperature: float = Field(default=0.01, gt=0)
     """The entropies are those of softmax(logits / temperature)."""
-    l2_normalised: bool = False
-    """Compare directions only: latents and codes of length one."""
 
 
-class IBQQuantizer(TableQuantizer):
+class IBQQuantizer(DirectionTableQuantizer):
     """The code with the largest logit z.e, with the gradient of the softmax over all of them.
 
     q~ = e_k + (p E - sg(p E)), p = softmax(z E^T): the paper's one-hot with a soft gradient, times the table.
@@ -51,16 +49,11 @@ class IBQQuantizer(TableQuantizer):
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
 
-    @property
-    def codebook(self) -> Tensor:
-        weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=1) if self.config.l2_normalised else weight
-
     def choose(self, rows: Tensor) -> Tensor:
-        return largest_logit(self._compared(rows), self.codebook)
+        return largest_logit(self.compared(rows), self.codebook)
 
     def quantize_rows(self, rows: Tensor) -> QuantizedRows:
-        rows, codebook, config = self._compared(rows), self.codebook, self.config
+        rows, codebook, config = self.compared(rows), self.codebook, self.config
         logits = rows @ codebook.T  # (N, K)
         indices = largest_logit(rows, codebook)
         codes = F.embedding(indices, codebook)
@@ -79,6 +72,3 @@ class IBQQuantizer(TableQuantizer):
     @torch.no_grad()
     def place(self, rows: Tensor, codes: Tensor) -> None:
         self.embedding.weight[rows] = codes[rows]
-
-    def _compared(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=1) if self.config.l2_normalised else rows

@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_vq.quantizers.base import QuantizedRows
+from stage1_vq.quantizers.directions import DirectionTableConfig, DirectionTableQuantizer
 from stage1_vq.quantizers.gradient import GradientKind, attraction, pass_gradient
-from stage1_vq.quantizers.health import TableConfig, TableQuantizer
 from stage1_vq.quantizers.search import nearest_codes
 
 
-class NearestConfig(TableConfig):
+class NearestConfig(DirectionTableConfig):
     """The published vector quantizer, and options that keep its codes in use."""
 
     kind: Literal["nearest"] = "nearest"
@@ -24,13 +24,11 @@ class NearestConfig(TableConfig):
     """Which term beta weighs: the paper's commitment term |z - sg(q)|^2, or, as the published weights were
     trained, the codebook term |sg(z) - q|^2."""
     loss_weight: float = Field(default=1.0, ge=0)
-    l2_normalised: bool = False
-    """Compare directions only (Yu et al. 2022, arXiv:2110.04627, 3.2): latents and codes of length one."""
     gradient: GradientKind = "straight_through"
     """rotation: the gradient is turned as the latent is turned onto its code (arXiv:2410.06424)."""
 
 
-class NearestQuantizer(TableQuantizer):
+class NearestQuantizer(DirectionTableQuantizer):
     """Each latent becomes its nearest code.
 
     loss = loss_weight * (|z - sg(q)|^2 + beta |sg(z) - q|^2), or beta on the first term; means over all
@@ -45,16 +43,11 @@ class NearestQuantizer(TableQuantizer):
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
 
-    @property
-    def codebook(self) -> Tensor:
-        weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=1) if self.config.l2_normalised else weight
-
     def choose(self, rows: Tensor) -> Tensor:
-        return nearest_codes(self._compared(rows), self.codebook)
+        return nearest_codes(self.compared(rows), self.codebook)
 
     def quantize_rows(self, rows: Tensor) -> QuantizedRows:
-        rows, codebook, config = self._compared(rows), self.codebook, self.config
+        rows, codebook, config = self.compared(rows), self.codebook, self.config
         indices = nearest_codes(rows.detach(), codebook.detach())
         codes = F.embedding(indices, codebook)
         if self.training:
@@ -67,6 +60,3 @@ class NearestQuantizer(TableQuantizer):
     @torch.no_grad()
     def place(self, rows: Tensor, codes: Tensor) -> None:
         self.embedding.weight[rows] = codes[rows]
-
-    def _compared(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=1) if self.config.l2_normalised else rows
