@@ -14,9 +14,18 @@ from torch import Tensor
 from taming.errors import DataError
 from taming.types import Batch
 
-PICTURES = ("image", "condition_image")
-MAPS = ("segmentation", "depth")
-KEYS = (*PICTURES, *MAPS, "codes", "label", "objects", "text", "key")
+PICTURES = ("image", "condition_image", "low_resolution")
+MAPS = ("segmentation", "depth", "edges")
+KEYS = (*PICTURES, *MAPS, "crop", "codes", "label", "objects", "text", "key")
+_WHOLE_NUMBERS, _SHARES = "int64", "float32 in [0, 1]"
+_FORMS = {
+    "label": (1, _WHOLE_NUMBERS),
+    "segmentation": (3, _WHOLE_NUMBERS),
+    "depth": (4, _SHARES),
+    "edges": (4, _SHARES),
+    "crop": (2, _SHARES),
+}
+"""Key -> (axes, type) of all that is no picture."""
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
@@ -39,7 +48,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Pictures become float32 in [-1, 1], depth float32, labels int64, all on `device`."""
+    """Pictures become float32 in [-1, 1], depth, edges and crop float32, labels int64, all on `device`."""
     moved: Batch = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor):
@@ -48,7 +57,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
         tensor = value.to(device, non_blocking=True)
         if name in PICTURES:
             moved[name] = _to_float(tensor)
-        elif name == "depth":
+        elif name in _FORMS and _FORMS[name][1] == _SHARES:
             moved[name] = tensor.float()
         else:
             moved[name] = tensor.long()
@@ -75,7 +84,7 @@ def validate_batch(batch: Batch, required: Collection[str]) -> None:
         raise DataError(f"the parts of a batch differ in their number of samples: {sizes}")
     pixels: dict[str, tuple[int, int]] = {}
     for name, value in batch.items():
-        if name in (*PICTURES, *MAPS, "label"):
+        if name in PICTURES or name in _FORMS:
             _check_tensor(name, value)
         if name in ("image", *MAPS):
             pixels[name] = (int(value.shape[-2]), int(value.shape[-1]))
@@ -86,18 +95,13 @@ def validate_batch(batch: Batch, required: Collection[str]) -> None:
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise DataError(f"batch[{name!r}] is {type(value).__name__}, not a tensor")
-    axes, kinds = {
-        "label": (1, "int64"),
-        "segmentation": (3, "int64"),
-        "depth": (4, "float32 in [0, 1]"),
-    }.get(name, (4, "uint8, or float in [-1, 1]"))
-    right_kind = {
-        "label": value.dtype == torch.int64,
-        "segmentation": value.dtype == torch.int64,
-        "depth": value.is_floating_point(),
-    }.get(name, value.dtype == torch.uint8 or value.is_floating_point())
-    channels = name != "depth" or value.ndim != 4 or value.shape[1] == 1
-    if value.ndim != axes or not right_kind or not channels:
+    axes, kinds = _FORMS.get(name, (4, "uint8, or float in [-1, 1]"))
+    right_kind = value.dtype == torch.int64 if kinds == _WHOLE_NUMBERS else value.is_floating_point()
+    if name in PICTURES:
+        right_kind |= value.dtype == torch.uint8
+    channels = {"depth": 1, "edges": 1, "crop": 4}.get(name)
+    fits = value.ndim == axes and (channels is None or value.shape[1] == channels)
+    if not fits or not right_kind:
         raise DataError(
             f"batch[{name!r}] is {tuple(value.shape)} {value.dtype}; it must have {axes} axes and be {kinds}"
         )

@@ -24,6 +24,9 @@ class ScenesDataConfig(Config):
     num_validation: int = Field(256, ge=0)
     size: Size = 64
     """Pixels: one number for a square, or [height, width]."""
+    crop_from: Size | None = None
+    """Scenes are drawn at this size, and samples are crops of `size`: random ones in training, centred ones
+    else. Boxes are those of the crop; class and text stay the scene's. None: scenes are drawn at `size`."""
     cache: bool = True
     """Keep each scene in memory as uint8 once it is drawn."""
     flip: bool = False
@@ -34,11 +37,26 @@ class ScenesDataConfig(Config):
         return _height_width(self.size)
 
     @property
+    def drawn_height_width(self) -> tuple[int, int]:
+        """(H, W) of the whole scenes."""
+        return _height_width(self.size if self.crop_from is None else self.crop_from)
+
+    @property
     def gives(self) -> dict[str, int]:
         """Key of a batch -> channels, of pictures and maps; of segmentation the number of labels."""
         from taming.data.scenes import LABEL_NAMES
 
         return {"image": 3, "segmentation": len(LABEL_NAMES), "depth": 1}
+
+    @model_validator(mode="after")
+    def _check(self) -> ScenesDataConfig:
+        (height, width), (whole_height, whole_width) = self.height_width, self.drawn_height_width
+        if height > whole_height or width > whole_width:
+            raise ValueError(
+                f"crop_from {whole_height}x{whole_width} is smaller than the crop, size {height}x{width}; "
+                "make it larger, or leave it out"
+            )
+        return self
 
 
 class FolderDataConfig(Config):

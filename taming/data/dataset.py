@@ -14,8 +14,17 @@ import numpy as np
 import torch
 
 from taming.data.batch import collate
+from taming.data.boxes import crop_objects, mirror_box, mirror_objects
 from taming.data.config import FolderDataConfig, ScenesDataConfig
-from taming.data.scenes import CLASS_NAMES, LABEL_NAMES, PROTOTYPES, Scene, SceneObject, render_scene
+from taming.data.scenes import (
+    CLASS_NAMES,
+    LABEL_NAMES,
+    PROTOTYPES,
+    SMALLEST_SHARE,
+    Scene,
+    SceneObject,
+    render_scene,
+)
 from taming.data.transforms import uniforms
 from taming.types import Batch
 
@@ -77,15 +86,16 @@ class ScenesDataset(PictureDataset):
     def __init__(self, config: ScenesDataConfig, split: Split) -> None:
         self.config = config
         self.split = split
-        self.size = config.height_width
-        self.provides = frozenset({"image", "label", "segmentation", "depth", "objects", "text", "key"})
+        self.size, self._drawn = config.height_width, config.drawn_height_width
+        names = {"image", "label", "segmentation", "depth", "objects", "text", "key"}
+        self.provides = frozenset(names if config.crop_from is None else names | {"crop"})
         self.class_names = list(CLASS_NAMES)
         self.num_labels = len(LABEL_NAMES)
         self.prototypes = PROTOTYPES
         self._length = config.num_train if split == "train" else config.num_validation
         self._seed = 2 * config.seed + (split == "validation")
         # Filled scene by scene on first use; memory that is never written to is never taken.
-        kept, (height, width) = (self._length if config.cache else 0), self.size
+        kept, (height, width) = (self._length if config.cache else 0), self._drawn
         self._filled = np.zeros(kept, dtype=bool)
         self._images = np.empty((kept, 3, height, width), dtype=np.uint8)
         self._segmentations = np.empty((kept, height, width), dtype=np.uint8)
@@ -125,12 +135,16 @@ class ScenesDataset(PictureDataset):
                 "depth": np.stack([_half(scene.depth) for scene in scenes]).astype(np.float32)[:, None],
             }
             objects, texts = [scene.objects for scene in scenes], [scene.text for scene in scenes]
+        if self.config.crop_from is not None:
+            arrays, objects = self._cropped(arrays, objects, epochs, keys, seed)
         if self.config.flip:
             for n, (epoch, key) in enumerate(zip(epochs, keys, strict=True)):
                 if epoch >= 0 and uniforms(seed, epoch, key, 1)[0] < 0.5:
                     for name in ("image", "segmentation", "depth"):
                         arrays[name][n] = arrays[name][n, ..., ::-1].copy()
-                    objects[n] = [_mirrored(item) for item in objects[n]]
+                    objects[n] = mirror_objects(objects[n])
+                    if "crop" in arrays:
+                        arrays["crop"][n] = mirror_box(arrays["crop"][n].tolist())
         tensors: Batch = {
             name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()
         }
@@ -140,11 +154,40 @@ class ScenesDataset(PictureDataset):
         return f"scene-{self._seed}-{index:06d}"
 
     def fingerprint(self) -> str:
-        facts = ("scenes", self._seed, self._length, *self.size)
+        facts = ["scenes", self._seed, self._length, *self.size]
+        if self.config.crop_from is not None:
+            facts += ["of", *self._drawn]
         return hashlib.sha256("/".join(map(str, facts)).encode()).hexdigest()
 
     def _render(self, index: int) -> Scene:
-        return render_scene(self._seed, int(index), self.size)
+        return render_scene(self._seed, int(index), self._drawn)
+
+    def _cropped(
+        self,
+        arrays: dict[str, np.ndarray],
+        objects: list[list[SceneObject]],
+        epochs: Sequence[int],
+        keys: Sequence[str],
+        seed: int,
+    ) -> tuple[dict[str, np.ndarray], list[list[SceneObject]]]:
+        """Crops of whole scenes: everything cut alike, and "crop" (B, 4)."""
+        (height, width), (whole_height, whole_width) = self.size, self._drawn
+        cut: dict[str, list[np.ndarray]] = {name: [] for name in ("image", "segmentation", "depth", "crop")}
+        kept = []
+        for n, (epoch, key) in enumerate(zip(epochs, keys, strict=True)):
+            down, right = (0.5, 0.5) if epoch < 0 else uniforms(seed, epoch, f"{key}/crop", 2)
+            top, left = int(down * (whole_height - height + 1)), int(right * (whole_width - width + 1))
+            for name in ("image", "segmentation", "depth"):
+                cut[name].append(arrays[name][n, ..., top : top + height, left : left + width])
+            box = (
+                left / whole_width,
+                top / whole_height,
+                (left + width) / whole_width,
+                (top + height) / whole_height,
+            )
+            cut["crop"].append(np.array(box, dtype=np.float32))
+            kept.append(crop_objects(objects[n], box, least=SMALLEST_SHARE * min(self.size) / max(self.size)))
+        return {**arrays, **{name: np.stack(values) for name, values in cut.items()}}, kept
 
     def _keep(self, index: int) -> None:
         if self._filled[index]:
@@ -161,8 +204,3 @@ class ScenesDataset(PictureDataset):
 def _half(depth: np.ndarray) -> np.ndarray:
     # Half precision keeps 11 bits of depth at half the memory; uncached scenes are rounded alike.
     return depth.astype(np.float16)
-
-
-def _mirrored(item: SceneObject) -> SceneObject:
-    x0, y0, x1, y1 = item["box"]
-    return {"label": item["label"], "box": (1 - x1, y0, 1 - x0, y1)}

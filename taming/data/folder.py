@@ -64,7 +64,7 @@ class FolderDataset(PictureDataset):
         if config.num_labels is not None and config.segmentation is not None:
             self.num_labels = config.num_labels
             _check_labels(self.entries, config)
-        names = {"image", "key", *_map_kinds(config)} | ({"label"} if config.class_labels else set())
+        names = {"image", "crop", "key", *_map_kinds(config)} | ({"label"} if config.class_labels else set())
         self.provides = frozenset(names)
 
     def __len__(self) -> int:
@@ -75,6 +75,7 @@ class FolderDataset(PictureDataset):
         crop = self._crop(entry, epoch, seed)
         channels = self.config.channels
         sample: dict[str, Any] = {"image": self._read(entry.path, channels, crop), "key": entry.key}
+        sample["crop"] = torch.tensor(crop.frame, dtype=torch.float32)
         limit = self.config.max_pixels
         for kind, path in entry.maps.items():
             if kind == "segmentation":

@@ -33,7 +33,8 @@ PROTOTYPES: tuple[tuple[tuple[float, float, float], ...], ...] = (
 )
 """Typical colours of each segmentation label, RGB in 0..255 (see taming.metrics.adherence)."""
 
-_SMALLEST_SHARE = 1.5e-3  # of the frame's shorter side squared; less of an object is neither listed nor told
+SMALLEST_SHARE = 1.5e-3
+"""Of the frame's shorter side squared: less of an object is neither listed nor told."""
 
 
 class SceneObject(TypedDict):
@@ -229,7 +230,7 @@ def _shade_ground(picture: np.ndarray, segmentation: np.ndarray, place: Placemen
 
 def _visible_objects(owner: np.ndarray, places: list[Placement]) -> list[SceneObject]:
     height, width = owner.shape
-    least = _SMALLEST_SHARE * min(height, width) ** 2
+    least = SMALLEST_SHARE * min(height, width) ** 2
     seen: list[SceneObject] = []
     for number in reversed(range(len(places))):
         mask = owner == number

@@ -23,6 +23,14 @@ class Crop:
     width: float
     flip: bool = False
 
+    @property
+    def frame(self) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) in [0, 1] of the box in the whole picture, which is mirrored where the crop is."""
+        x0, x1 = self.left, self.left + self.width
+        if self.flip:
+            x0, x1 = 1 - x1, 1 - x0
+        return max(x0, 0.0), self.top, min(x1, 1.0), min(self.top + self.height, 1.0)
+
 
 def uniforms(seed: int, epoch: int, key: str, count: int) -> list[float]:
     """`count` <= 8 uniform numbers in [0, 1): a pure function of its arguments, on every machine.

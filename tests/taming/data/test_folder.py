@@ -47,7 +47,7 @@ def test_a_flat_folder_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / ".hidden.png").write_bytes(b"")
     dataset = opened(tmp_path)
     assert keys(dataset) == ["a", "b", "deep/er/c"]
-    assert dataset.provides == {"image", "key"}
+    assert dataset.provides == {"image", "crop", "key"}
     assert dataset.num_classes == dataset.num_labels == 0
     assert [path.name for path in list_pictures(tmp_path)] == ["a.JPG", "b.png", "c.webp"]
     sample = dataset.sample(0, -1)
@@ -77,7 +77,7 @@ def test_maps_are_paired_by_name_whatever_their_suffix(tmp_path: Path) -> None:
         condition_image="edges",
         class_labels=True,
     )
-    assert dataset.provides == {"image", "segmentation", "depth", "condition_image", "label", "key"}
+    assert dataset.provides == {"image", "segmentation", "depth", "condition_image", "label", "crop", "key"}
     assert dataset.class_names == ["x", "y"]
     assert dataset.num_labels == 3
     assert keys(dataset) == ["x/one", "x/two.5", "y/three"]
@@ -110,6 +110,26 @@ def test_augmentation_is_a_function_of_seed_epoch_and_key(tmp_path: Path) -> Non
     assert torch.equal(dataset.sample(0, -1)["image"], dataset.sample(1, -1)["image"])
     still = opened(tmp_path, crop="center", flip=False)
     assert torch.equal(still.sample(0, 3)["image"], still.sample(0, -1)["image"])
+
+
+def test_the_crop_tells_where_the_frame_lies(tmp_path: Path) -> None:
+    """In a ramp from 0 to 255 along x, colours are places."""
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (64, 256))
+    Image.fromarray(ramp).convert("RGB").save(tmp_path / "a.png")
+    dataset = opened(tmp_path, size=64, flip=True)
+    flipped = 0
+    for epoch in range(12):
+        sample = dataset.sample(0, epoch)
+        x0, y0, x1, y1 = sample["crop"].tolist()
+        row = sample["image"][0, 0].float()
+        mirrored = bool(row[0] > row[-1])
+        flipped += mirrored
+        ends = (1 - x0, 1 - x1) if mirrored else (x0, x1)
+        assert float(row[0]) / 256 == pytest.approx(ends[0], abs=0.02)
+        assert float(row[-1]) / 256 == pytest.approx(ends[1], abs=0.02)
+        assert (y0, y1) == (0.0, 1.0)
+    assert 0 < flipped < 12
+    assert dataset.sample(0, -1)["crop"].tolist() == pytest.approx([0.375, 0, 0.625, 1])
 
 
 def test_the_split_is_stable_and_never_empty(tmp_path: Path) -> None:

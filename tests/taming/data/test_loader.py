@@ -236,3 +236,47 @@ def test_validate_batch_names_what_is_missing_and_what_is_malformed() -> None:
 
 
 EXPECTED_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+
+
+def test_crops_of_scenes_are_parts_of_whole_ones() -> None:
+    options: dict[str, Any] = {"num_train": 3, "seed": 5}
+    whole = ScenesDataset(ScenesDataConfig(size=[48, 72], **options), "train")
+    for flip in (False, True):
+        config = ScenesDataConfig(size=[32, 24], crop_from=[48, 72], flip=flip, **options)
+        cropped = ScenesDataset(config, "train")
+        assert "crop" in cropped.provides
+        assert cropped.size == (32, 24)
+        batch = to_device(cropped.batch([0, 1, 2] * 4, [0, 0, 0, 1, 1, 1, 2, 2, 2, -1, -1, -1]), "cpu")
+        validate_batch(batch, cropped.provides)
+        of = to_device(whole.batch([0, 1, 2] * 4, [-1] * 12), "cpu")
+        mirrored, told = 0, []
+        for n, (x0, y0, x1, y1) in enumerate(batch["crop"].double().tolist()):
+            rows = slice(round(y0 * 48), round(y1 * 48))
+            agree = []
+            for mirror in (False, True):
+                # The frame lies in the mirrored picture where the crop is mirrored.
+                columns = slice(round(x0 * 72), round(x1 * 72))
+                for name in ("image", "segmentation", "depth"):
+                    picture = of[name][n].flip(-1) if mirror else of[name][n]
+                    agree.append(torch.equal(batch[name][n], picture[..., rows, columns]))
+                if all(agree[-3:]):
+                    mirrored += mirror
+                    for item in batch["objects"][n]:
+                        a, b, c, d = item["box"]
+                        part = batch["segmentation"][
+                            n, round(b * 32) : round(d * 32), round(a * 24) : round(c * 24)
+                        ]
+                        told.append(bool((part == item["label"] + 2).any()))
+            assert all(agree[:3]) or all(agree[3:])
+        assert (0 < mirrored < 9) == flip
+        assert len(told) > 20
+        assert sum(told) / len(told) > 0.9  # nearer ones may hide all of a box's part
+        assert batch["crop"][-1].tolist() == pytest.approx([24 / 72, 8 / 48, 48 / 72, 40 / 48])
+        assert len({tuple(row) for row in batch["crop"].tolist()}) > 6
+        again = cropped.batch([0, 1, 2], [1, 1, 1])
+        assert torch.equal(again["image"], cropped.batch([2, 1, 0], [1, 1, 1])["image"].flip(0))
+    plain = ScenesDataset(ScenesDataConfig(size=[32, 24], **options), "train")
+    assert "crop" not in plain.provides
+    assert len({plain.fingerprint(), cropped.fingerprint(), whole.fingerprint()}) == 3
+    with pytest.raises(ValueError, match="crop_from 32x32 is smaller than the crop"):
+        ScenesDataConfig(size=48, crop_from=32)
