@@ -52,7 +52,24 @@ def import_taming_transformers(
     `ema` takes the moving averages of the weights. Raises ArtifactError or ConfigError.
     """
     published = read_published(config, part) if config is not None else None
-    found = _sort(tensors_of(read_checkpoint(checkpoint), checkpoint, "state_dict"), part, checkpoint)
+    state = tensors_of(read_checkpoint(checkpoint), checkpoint, "state_dict")
+    return tokenizer_from(state, checkpoint, published=published, part=part, ema=ema)
+
+
+def tokenizer_from(
+    tensors: dict[str, Tensor],
+    checkpoint: Path,
+    *,
+    published: Published | None = None,
+    part: Part | None = None,
+    ema: bool = False,
+    sha256: str | None = None,
+) -> Imported:
+    """As `import_taming_transformers`, of a checkpoint and a YAML that were read before.
+
+    `sha256` is that of the checkpoint's bytes, where the caller has it.
+    """
+    found = _sort(tensors, part, checkpoint)
     if published is None:
         published = _from_shapes(found.weights, checkpoint, found.num_labels)
     notes = list(published.notes)
@@ -80,7 +97,7 @@ def import_taming_transformers(
         origin={
             "program": "taming-transformers",
             "checkpoint": checkpoint.name,
-            "sha256": file_hash(checkpoint),
+            "sha256": sha256 or file_hash(checkpoint),
             "part": part,
             "lossconfig": published.loss,
         },
