@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from stage2_ar.sample_cli import sample
 from taming.options import (
     BatchSize,
     ConfigName,
@@ -17,8 +18,6 @@ from taming.options import (
     Override,
     Resume,
     Split,
-    empty_folder,
-    parse_size,
     progress_bar,
     show_figures,
 )
@@ -53,111 +52,7 @@ def configs() -> None:
     print_configs("stage2", Console())
 
 
-@app.command()
-def sample(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="A new or empty folder for the PNG files.")],
-    classes: Annotated[
-        list[int] | None, typer.Option("--class", help="Class to paint; may be repeated.")
-    ] = None,
-    segmentation: Annotated[
-        list[Path] | None, typer.Option(help="Label map (PNG) to paint after; may be repeated.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Pixels: 256, or HxW; default: as trained, or the map's.")
-    ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Pictures of each condition.")] = 4,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Below 1: more probable, less varied.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable codes.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the most probable codes of this mass.")
-    ] = None,
-    guidance: Annotated[float, typer.Option(help="Above 1: closer to the condition.")] = 1.0,
-    greedy: Annotated[bool, typer.Option(help="Always the most probable code.")] = False,
-    window_stride: Annotated[
-        int,
-        typer.Option(min=1, help="Cells that the window of a large picture moves at once; 1 as published."),
-    ] = 1,
-    schedule: Annotated[str, typer.Option(help="serial, or wavefront: several rows at once.")] = "serial",
-    batch_size: BatchSize = 16,
-    bf16: Annotated[
-        bool, typer.Option(help="Half-precision transformer: faster, not quite the same codes.")
-    ] = False,
-    device: Device = None,
-) -> None:
-    """Paint pictures: PNG files, each with its settings in a JSON beside it, and a sheet."""
-    import json
-
-    import torch
-
-    from stage2_ar import ARPipeline
-    from taming.data.picture import save_png, tile
-    from taming.errors import UserError
-    from taming.training.distributed import pick_device
-
-    if schedule not in ("serial", "wavefront"):
-        raise UserError(f"--schedule {schedule!r}: choose serial or wavefront")
-    pipe = ARPipeline.from_pretrained(model).to(pick_device(device), torch.bfloat16 if bf16 else None)
-    frame = None if size is None else parse_size(size)
-    conditions: dict[str, Any] = {}
-    if classes:
-        conditions["class"] = torch.tensor(classes)
-    if segmentation:
-        from stage2_ar.maps import read_maps
-
-        conditions["segmentation"] = read_maps(segmentation, frame, pipe.model.config.downsample_factor)
-        frame = tuple(conditions["segmentation"].shape[1:])
-    height, width = frame or (None, None)
-    settings = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "guidance_scale": guidance,
-        "seed": seed,
-        "greedy": greedy,
-        "window_stride": window_stride,
-        "schedule": schedule,
-    }
-    pipe.model.condition.read(conditions)  # before the folder is made
-    empty_folder(out)
-    with progress_bar("sample") as report:
-        result = pipe(
-            conditions,
-            height=height,
-            width=width,
-            num_images=num,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance,
-            seed=seed,
-            greedy=greedy,
-            schedule=schedule,  # type: ignore[arg-type]
-            window_stride=window_stride,
-            batch_size=batch_size,
-            progress=report,
-        )
-    for number, image in enumerate(result.images):
-        save_png(image, out / f"{number:04d}.png")
-        row = number // num
-        said: dict[str, Any] = {}
-        if classes:
-            said["class"] = classes[row]
-        if segmentation:
-            said["segmentation"] = str(segmentation[row])
-        facts = {
-            "model": model,
-            "conditions": said,
-            "picture": number,
-            "height": image.shape[1],
-            "width": image.shape[2],
-            "precision": "bf16" if bf16 else "fp32",
-            **settings,
-        }
-        (out / f"{number:04d}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    save_png(tile(result.images.cpu(), columns=num), out / "sheet.png")
-    typer.echo(f"{len(result.images)} pictures in {out}, a row a condition in {out / 'sheet.png'}")
+app.command()(sample)
 
 
 @app.command("eval")

@@ -1,0 +1,80 @@
+"""What a user gives to `taming ar sample` as files and words, read into a pipeline's conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage2_ar.config import ARModelConfig
+from stage2_ar.maps import read_maps
+from taming.errors import UserError
+
+
+@dataclass(frozen=True)
+class ConditionFiles:
+    """The options of the command that say what to paint: one field an option, empty where it is not given."""
+
+    classes: list[int] = field(default_factory=list)
+    segmentation: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class GivenConditions:
+    """Conditions for `ARPipeline`, and how they are written down beside each picture."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """User's name of a condition -> its value for all rows."""
+    said: dict[str, list[Any]] = field(default_factory=dict)
+    """The same in words that JSON holds: one entry a row."""
+    size: tuple[int, int] | None = None
+    """(H, W) pixels that were asked for, or that the maps have."""
+
+    @property
+    def rows(self) -> int:
+        """How many conditions there are; 1 where the model needs none."""
+        return max((len(entries) for entries in self.said.values()), default=1)
+
+    def of_row(self, row: int) -> dict[str, Any]:
+        """What was said about the pictures of one row."""
+        return {name: entries[row % len(entries)] for name, entries in self.said.items()}
+
+
+def read_conditions(
+    files: ConditionFiles, model: ARModelConfig, size: tuple[int, int] | None
+) -> GivenConditions:
+    """Read what was given, at `size` pixels where it is not None.
+
+    Raises UserError for files that cannot be read, and for options of unequal counts (each counts the
+    rows; one that is given once holds for all).
+    """
+    given = GivenConditions(size=size)
+    if files.classes:
+        given.values["class"] = torch.tensor(files.classes)
+        given.said["class"] = list(files.classes)
+    if files.segmentation:
+        maps = read_maps(files.segmentation, given.size, model.downsample_factor)
+        given.values["segmentation"] = maps
+        given.said["segmentation"] = [str(path) for path in files.segmentation]
+        given.size = (maps.shape[1], maps.shape[2])
+    _repeat_single(given)
+    return given
+
+
+def _repeat_single(given: GivenConditions) -> None:
+    """Conditions that were given once hold for every row of the others."""
+    counts = {name: len(entries) for name, entries in given.said.items()}
+    rows = given.rows
+    wrong = [f"{name} {count} times" for name, count in counts.items() if count not in (1, rows)]
+    if wrong:
+        raise UserError(
+            f"conditions were given in unequal numbers ({', '.join(wrong)}, others {rows}); give each once, "
+            "or as often as the others"
+        )
+    for name, count in counts.items():
+        if count < rows:
+            value = given.values[name]
+            repeated = value * rows if isinstance(value, list) else value.expand(rows, *value.shape[1:])
+            given.values[name] = repeated
