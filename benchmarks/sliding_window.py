@@ -35,7 +35,7 @@ def run_ours(
     model: Transformer, condition: Tensor, given: Tensor, stride: int, schedule: Schedule
 ) -> tuple[Tensor, float]:
     embeddings = model.token_embedding(condition.flatten(1)).detach()
-    whole = Prefix(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool), grid=GRID)
+    whole = Prefix(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool), segments=(GRID,))
     mask = torch.ones(1, *GRID, dtype=torch.bool)
     mask[:, ROW] = False
     start = time.perf_counter()

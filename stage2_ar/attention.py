@@ -23,12 +23,19 @@ class Positions:
     """Where each input position lies, for prefix and cells together: P + h * w of them."""
 
     embedding: Tensor | None
-    """(P + h * w, D) learned positions, or None."""
+    """([B,] P + h * w, D) learned positions, or None."""
     rotation: Rotation | None
-    """(cos, sin), each (P + h * w, C / 2), or None."""
+    """(cos, sin), each ([B, 1,] P + h * w, C / 2), or None."""
 
     def rotation_of(self, start: int, stop: int) -> Rotation | None:
-        return None if self.rotation is None else (self.rotation[0][start:stop], self.rotation[1][start:stop])
+        return (
+            None
+            if self.rotation is None
+            else (
+                self.rotation[0][..., start:stop, :],
+                self.rotation[1][..., start:stop, :],
+            )
+        )
 
 
 @dataclass
@@ -40,7 +47,7 @@ class KVCache:
     positions: Positions
     prefix_length: int
     cells: Tensor | None
-    """(B, h * w, D) aligned condition, or None."""
+    """(B or 1, h * w, D) in the order of writing: what is added to the input that predicts each cell."""
     prefix_mask: Tensor | None
     """(B, P) bool where some prefix position must not be attended, else None."""
     length: int = 0

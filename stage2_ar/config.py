@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stage2_ar.conditions.config import ConditionConfig, NoConditionConfig
+from stage2_ar.order import OrderConfig
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig, TransformerConfig
 from taming.config import Config
 from taming.data.config import FolderDataConfig, ScenesDataConfig
@@ -24,6 +25,8 @@ class ARModelConfig(Config):
     vocabulary_size: Positive
     grid: tuple[Positive, Positive]
     """(h, w) cells of the pictures it was trained on: its window on larger ones."""
+    order: OrderConfig = OrderConfig()
+    """In which order it writes the cells."""
     downsample_factor: Positive
     tokenizer_hash: str
     """`VQModel.codes_hash` of the tokenizer: no other is accepted, but one with another decoder."""
@@ -46,6 +49,8 @@ class ARTrainConfig(Config):
     """A saved tokenizer: folder, run or hub id. None with data.kind=codes: the one that made the codes."""
     transformer: Annotated[GPTConfig | LlamaConfig, Field(discriminator="kind")] = LlamaConfig()
     condition: ConditionConfig = NoConditionConfig()
+    order: OrderConfig = OrderConfig()
+    """In which order cells are written; only raster order is for pictures larger than trained on."""
     optimizer: OptimizerConfig
     training: TrainingConfig
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from stage2_ar.conditions import build_condition
 from stage2_ar.config import ARModelConfig
-from stage2_ar.transformer import Grid, build_transformer
+from stage2_ar.order import Grid, to_raster, to_sequence
+from stage2_ar.transformer import build_transformer
 from taming.artifact import load_artifact, load_state, save_artifact
 from taming.config import build_config
 from taming.types import Batch
@@ -30,16 +31,25 @@ class ARModel(nn.Module):
             vocabulary_size=config.vocabulary_size,
             grid=config.grid,
             prefix_length=self.condition.prefix_length(config.grid),
+            order=config.order,
         )
         self.condition.attach(self.transformer.token_embedding)
 
-    def forward(self, codes: Tensor, batch: Batch) -> Tensor:
-        """Teacher forcing: codes (B, h, w) int64 and their batch of conditions -> logits (B, h * w, V)."""
+    def forward(self, codes: Tensor, batch: Batch, order: Tensor | None = None) -> Tensor:
+        """Teacher forcing: codes (B, h, w) int64 and their batch of conditions -> logits (B, h * w, V).
+
+        Logits are by raster index. They are predicted in `order` (h * w,) or (B, h * w), by default the
+        model's own.
+        """
         grid: Grid = (codes.shape[1], codes.shape[2])
-        logits: Tensor = self.transformer(
-            codes.flatten(1), self.condition({**batch, "codes": codes}, grid), grid
-        )
-        return logits
+        prefix = self.condition({**batch, "codes": codes}, grid)
+        if order is None and self.config.order.kind == "raster":
+            raster_logits: Tensor = self.transformer(codes.flatten(1), prefix, grid)
+            return raster_logits
+        if order is None:
+            order = self.transformer.sequence_cells(grid, codes.device)
+        logits: Tensor = self.transformer(to_sequence(codes.flatten(1), order), prefix, grid, order)
+        return to_raster(logits, order)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, subfolder: str = "") -> ARModel:

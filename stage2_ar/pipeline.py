@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from stage1_vq import VQModel
-from stage2_ar.conditions import crop_prefix
+from stage2_ar.conditions.base import take_rows
 from stage2_ar.inference import for_inference
 from stage2_ar.model import ARModel
+from stage2_ar.order import Grid
 from stage2_ar.sampling import Known, SamplingSettings, picture_uniforms, sample_codes
-from stage2_ar.sliding_window import Schedule, sample_sliding
-from stage2_ar.transformer import Grid, Transformer, code_log_likelihood
+from stage2_ar.sliding_window import Schedule, sample_sliding, window_size
+from stage2_ar.transformer import Transformer, code_log_likelihood
 from taming.artifact import push_artifact
 from taming.errors import ArtifactError, UserError
-from taming.types import Batch, Prefix
+from taming.types import Batch
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,11 @@ class ARPipeline:
         for first in range(0, total, batch_size):
             chunk = slice(first, min(first + batch_size, total))
             count = chunk.stop - first
-            part = {key: value[source[chunk]] for key, value in batch.items()} or _nameless(count)
-            prefix = self.model.condition(part, grid)
-            null = None
-            if guidance_scale != 1 and self.model.condition.has_null:
-                null = self.model.condition.null(count, grid, self.device)
+            part = take_rows(batch, source[chunk]) or _nameless(count)
             given = None if known is None else (known[0][chunk], known[1][chunk])
             uniforms = picture_uniforms(seed, first, count, grid[0] * grid[1])
             report = _part_of(progress, first // batch_size, -(-total // batch_size))
-            codes.append(
-                self._sample(prefix, null, grid, uniforms, settings, given, schedule, window_stride, report)
-            )
+            codes.append(self._sample(part, grid, uniforms, settings, given, schedule, window_stride, report))
         all_codes = torch.cat(codes)
         return PipelineOutput(self.decode(all_codes, batch_size), all_codes)
 
@@ -163,8 +158,7 @@ class ARPipeline:
 
     def _sample(
         self,
-        prefix: Prefix,
-        null: Prefix | None,
+        batch: Batch,
         grid: Grid,
         uniforms: Tensor,
         settings: SamplingSettings,
@@ -173,17 +167,20 @@ class ARPipeline:
         stride: int,
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
-        rows = len(uniforms) * (1 if null is None else 2)
-        transformer, window = self._for_sampling(rows), self.model.config.grid
+        condition, window, count = self.model.condition, self.model.config.grid, len(uniforms)
+        guide = settings.guidance_scale != 1 and condition.has_null
+        transformer = self._for_sampling(2 * count if guide else count)
         if grid[0] <= window[0] and grid[1] <= window[1]:
+            prefix = condition(batch, grid)
+            null = condition.null(count, grid, self.device) if guide else None
             return sample_codes(
                 transformer, prefix, null, grid, uniforms, settings, known=known, progress=progress
             )
-        size = (min(grid[0], window[0]), min(grid[1], window[1]))
+        size = window_size(window, grid)
         return sample_sliding(
             transformer,
-            lambda top, left: crop_prefix(prefix, top, left, size),
-            None if null is None else lambda top, left: crop_prefix(null, top, left, size),
+            condition.windows(batch, grid, size),
+            condition.null_windows(count, grid, size, self.device) if guide else None,
             grid,
             uniforms,
             settings,

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stage2_ar.transformer import Grid, Transformer
+from stage2_ar.order import Grid, to_raster
+from stage2_ar.transformer import Transformer
 from taming.errors import UserError
 from taming.types import Prefix
 
@@ -142,12 +143,14 @@ def sample_codes(
     settings: SamplingSettings,
     *,
     known: Known | None = None,
+    order: Tensor | None = None,
     progress: Progress | None = None,
     cached: bool = True,
 ) -> Tensor:
     """Draw grids of codes: (B, h, w) int64 for a prefix of B rows.
 
-    uniforms (B, h * w) float64 from `picture_uniforms`. `null_prefix` is only used with guidance.
+    uniforms (B, h * w) float64 from `picture_uniforms`, by raster index as `known`. Cells are written in
+    `order` (h * w,), by default the model's own. `null_prefix` is only used with guidance.
     `cached=False` runs the whole sequence again for each cell: a check, not a way to work.
     Raises UserError for settings out of range and for a grid larger than the transformer's.
     """
@@ -156,7 +159,7 @@ def sample_codes(
     if guide and null_prefix is not None:
         prefix = stack_prefixes(prefix, null_prefix)
     with torch.inference_mode():
-        codes = _sample(transformer, prefix, grid, uniforms, settings, guide, known, progress, cached)
+        codes = _sample(transformer, prefix, grid, order, uniforms, settings, guide, known, progress, cached)
     # Out of inference mode again, so that the codes may take part in training.
     return codes.clone()
 
@@ -165,6 +168,7 @@ def _sample(
     transformer: Transformer,
     prefix: Prefix,
     grid: Grid,
+    order: Tensor | None,
     uniforms: Tensor,
     settings: SamplingSettings,
     guide: bool,
@@ -174,10 +178,12 @@ def _sample(
 ) -> Tensor:
     device = prefix.embeddings.device
     height, width = grid
-    batch, cells = uniforms.shape[0], height * width
-    uniforms = uniforms.to(device)
-    codes = torch.zeros(batch, cells, dtype=torch.int64, device=device)
-    known_codes, is_known = _flat_known(known, device)
+    batch, count = uniforms.shape[0], height * width
+    order = transformer.sequence_cells(grid, device) if order is None else order.to(device)
+    # From here on everything is in the order of writing.
+    uniforms = uniforms.to(device)[:, order]
+    codes = torch.zeros(batch, count, dtype=torch.int64, device=device)
+    known_codes, is_known = _flat_known(known, order)
     first = _leading_known(is_known)
     codes[:, :first] = 0 if known_codes is None else known_codes[:, :first]
 
@@ -186,27 +192,27 @@ def _sample(
         return torch.cat((part, part)) if guide else part
 
     cache = None
-    for cell in range(first, cells):
+    for n in range(first, count):
         if not cached:
-            logits = transformer(taken(cell + 1), prefix, grid)[:, -1]
+            logits = transformer(taken(n + 1), prefix, grid, order)[:, -1]
         elif cache is None:
-            logits, cache = transformer.prefill(prefix, taken(cell), grid)
+            logits, cache = transformer.prefill(prefix, taken(n), grid, order=order)
         else:
-            logits = transformer.step(taken(cell, cell - 1), cache)
-        drawn = draw(guided(logits, settings) if guide else logits, uniforms[:, cell], settings)
+            logits = transformer.step(taken(n, n - 1), cache)
+        drawn = draw(guided(logits, settings) if guide else logits, uniforms[:, n], settings)
         if known_codes is not None and is_known is not None:
-            drawn = torch.where(is_known[:, cell], known_codes[:, cell], drawn)
-        codes[:, cell] = drawn
+            drawn = torch.where(is_known[:, n], known_codes[:, n], drawn)
+        codes[:, n] = drawn
         if progress is not None:
-            progress(cell + 1, cells)
-    return codes.view(batch, height, width)
+            progress(n + 1, count)
+    return to_raster(codes, order).view(batch, height, width)
 
 
-def _flat_known(known: Known | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _flat_known(known: Known | None, order: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if known is None:
         return None, None
     codes, mask = known
-    return codes.flatten(1).to(device), mask.flatten(1).to(device)
+    return codes.flatten(1).to(order.device)[:, order], mask.flatten(1).to(order.device)[:, order]
 
 
 def _leading_known(is_known: Tensor | None) -> int:

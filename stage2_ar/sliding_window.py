@@ -11,7 +11,6 @@ picture, h w cells of the window, V codes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from stage2_ar.attention import KVCache
+from stage2_ar.conditions.base import WindowPrefix
+from stage2_ar.order import Grid
 from stage2_ar.sampling import (
     Known,
     Progress,
@@ -29,12 +30,9 @@ from stage2_ar.sampling import (
     needs_guidance,
     stack_prefixes,
 )
-from stage2_ar.transformer import Grid, Transformer
+from stage2_ar.transformer import Transformer
 from taming.errors import UserError
 from taming.types import Prefix
-
-WindowPrefix = Callable[[int, int], Prefix]
-"""(top, left) of a window -> its prefix; `crop_prefix` of the whole picture's prefix is one."""
 
 Schedule = Literal["serial", "wavefront"]
 
@@ -114,12 +112,18 @@ def sample_sliding(
 ) -> Tensor:
     """Draw grids of any size: (B, H, W) int64.
 
-    uniforms (B, H * W) float64 from `picture_uniforms`. `serial` goes cell by cell, which needs the least
+    `window_prefix` and its null give the prefix of each window (Condition.windows); uniforms (B, H * W)
+    float64 from `picture_uniforms`. `serial` goes cell by cell, which needs the least
     arithmetic; `wavefront` draws cells that do not depend on each other in one batch, which pays where each
     call costs more than its arithmetic (a GPU). Both give the same codes.
     Raises UserError for settings or a stride out of range.
     """
     settings.validate(transformer.vocabulary_size)
+    if transformer.order.kind != "raster":
+        raise UserError(
+            f"this model writes its cells in the order {transformer.order.kind!r}: a picture larger than the "
+            f"{transformer.grid[0]}x{transformer.grid[1]} cells that it was trained on needs raster order"
+        )
     window = window_size(transformer.grid, grid)
     placements = place_windows(grid, window, stride)
     prefix_at = window_prefix

@@ -41,6 +41,7 @@ def model_config(config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int
         condition=config.condition,
         vocabulary_size=tokenizer.spec.codebook_size,
         grid=(size[0] // factor, size[1] // factor),
+        order=config.order,
         downsample_factor=factor,
         tokenizer_hash=tokenizer.codes_hash(),
     )

@@ -10,7 +10,7 @@ from stage1_vq import VQModel
 from stage1_vq.codes import read_index
 from stage1_vq.inputs import check_input
 from stage2_ar.codes import CodeDataset
-from stage2_ar.conditions.config import ClassConditionConfig, SegmentationConditionConfig
+from stage2_ar.conditions import build_condition
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
 from stage2_ar.model import ARModel
 from stage2_ar.task import ARTask, model_config
@@ -35,7 +35,7 @@ def train(
     """
     tokenizer = load_tokenizer(config)
     train_data, validation_data = splits or _open_splits(config)
-    check(config, train_data)
+    check(config, tokenizer, train_data)
     config = fit_to_time(config, tokenizer, train_data, steps_of_run(run) if resume != "never" else None)
     return run_training(
         lambda: ARTask(config, tokenizer, train_data.size),
@@ -88,31 +88,14 @@ def _open_splits(config: ARTrainConfig) -> tuple[PictureDataset, PictureDataset]
     return open_splits(config.data)
 
 
-def check(config: ARTrainConfig, data: PictureDataset) -> None:
+def check(config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset) -> None:
     """Whether the data has what the condition needs. Raises UserError."""
-    match config.condition:
-        case ClassConditionConfig(num_classes=count):
-            if "label" not in data.provides:
-                raise UserError(
-                    "condition.kind=class needs class labels, and the data has none; put pictures into a "
-                    "sub-folder a class and set data.class_labels=true"
-                )
-            if data.num_classes > count:
-                raise UserError(
-                    f"the data has {data.num_classes} classes, but condition.num_classes is {count}; "
-                    f"set condition.num_classes={data.num_classes}"
-                )
-        case SegmentationConditionConfig(num_labels=count):
-            if "segmentation" not in data.provides:
-                raise UserError(
-                    "condition.kind=segmentation needs label maps, and the data has none; set "
-                    "data.segmentation to their folder and data.num_labels"
-                )
-            if data.num_labels > count:
-                raise UserError(
-                    f"the data has {data.num_labels} labels, but condition.num_labels is {count}; "
-                    f"set condition.num_labels={data.num_labels}"
-                )
+    values = model_config(config, tokenizer, data.size)
+    with torch.device("meta"):
+        condition = build_condition(
+            values.condition, width=values.transformer.width, downsample_factor=values.downsample_factor
+        )
+    condition.check_data(data)
 
 
 def describe(config: ARTrainConfig) -> dict[str, str]:
@@ -129,7 +112,7 @@ def describe(config: ARTrainConfig) -> dict[str, str]:
     prefix = model.condition.prefix_length(values.grid)
     state = state_bytes(model, ema=training.ema_decay is not None)
     # Layers are alike: one and two of them, for one picture, tell what all keep.
-    one, two = (_saved_by(values, layers, size) for layers in (1, 2))
+    one, two = (_saved_by(values, layers) for layers in (1, 2))
     micro_batch = max(training.batch_size // training.accumulation, 1)
     activations = micro_batch * (one + (values.transformer.num_layers - 1) * (two - one))
     return {
@@ -144,12 +127,11 @@ def describe(config: ARTrainConfig) -> dict[str, str]:
     }
 
 
-def _saved_by(values: ARModelConfig, layers: int, size: tuple[int, int]) -> int:
+def _saved_by(values: ARModelConfig, layers: int) -> int:
     """Bytes that a model of so many layers keeps for the backward pass of one picture."""
     transformer = values.transformer.model_copy(update={"num_layers": layers})
     model = ARModel(values.model_copy(update={"transformer": transformer}))
-    maps = torch.zeros(1, *size, dtype=torch.int64)
-    batch = {"segmentation": maps, "label": maps[:, 0, 0]}
+    batch = model.condition.example(1, values.grid)
     return saved_bytes(
         lambda: model(torch.zeros(1, *values.grid, dtype=torch.int64), batch), parameter_storages(model)
     )

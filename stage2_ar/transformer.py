@@ -1,7 +1,8 @@
 """A decoder-only transformer over codes: prefix and codes in, logits of each next code out.
 
-The input sequence is [prefix | codes without the last]; input position P - 1 + n predicts cell n. Codes are
-in raster order of their grid.
+The input sequence is [prefix | codes without the last]; input position P - 1 + n predicts the n-th cell of
+the order in which the model writes (stage2_ar.order). Codes are in that order here; `ARModel` and the
+samplers take and give them by raster index.
 
 Axes: B sequences, P prefix positions, N codes, T input positions of a call, D width, V codes of the picture.
 """
@@ -16,25 +17,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stage2_ar.attention import Attend, CausalAttention, KVCache, Positions, attention_mask
+from stage2_ar.conditions.base import segments_of
+from stage2_ar.order import Grid, OrderConfig, cells_in_order, inverse, restricted, to_sequence
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
 from taming.errors import ConfigError, UserError
 from taming.layers.position import grid_cells, rotary_2d
 from taming.layers.rms_norm import RMSNorm
 from taming.layers.swiglu import swiglu
-from taming.types import Prefix
+from taming.types import Prefix, Segment
 
-Grid = tuple[int, int]
+RASTER = OrderConfig()
 
 
 def build_transformer(
-    config: GPTConfig | LlamaConfig, *, vocabulary_size: int, grid: Grid, prefix_length: int
+    config: GPTConfig | LlamaConfig,
+    *,
+    vocabulary_size: int,
+    grid: Grid,
+    prefix_length: int,
+    order: OrderConfig = RASTER,
 ) -> Transformer:
     """A transformer for pictures of `vocabulary_size` codes on grids up to `grid` (h, w).
 
     `prefix_length` is the prefix's length at that grid. Raises ConfigError where the config's table or
     block is too small for them.
     """
-    return Transformer(config, vocabulary_size=vocabulary_size, grid=grid, prefix_length=prefix_length)
+    return Transformer(
+        config, vocabulary_size=vocabulary_size, grid=grid, prefix_length=prefix_length, order=order
+    )
 
 
 def next_code_loss(logits: Tensor, codes: Tensor) -> Tensor:
@@ -52,10 +62,21 @@ class Transformer(nn.Module):
     """Predicts the next code of a grid; see `forward` for training, `prefill` and `step` for sampling."""
 
     def __init__(
-        self, config: GPTConfig | LlamaConfig, *, vocabulary_size: int, grid: Grid, prefix_length: int
+        self,
+        config: GPTConfig | LlamaConfig,
+        *,
+        vocabulary_size: int,
+        grid: Grid,
+        prefix_length: int,
+        order: OrderConfig = RASTER,
     ) -> None:
         super().__init__()
+        if order.cells is not None and len(order.cells) != grid[0] * grid[1]:
+            raise ConfigError(
+                f"order.cells lists {len(order.cells)} cells, but the grid has {grid[0]}x{grid[1]}"
+            )
         self.config = config
+        self.order = order
         self.vocabulary_size = vocabulary_size
         self.grid = grid
         self.prefix_length = prefix_length
@@ -86,20 +107,26 @@ class Transformer(nn.Module):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = nn.Linear(config.width, table_size, bias=False)
+        self.target_embedding: nn.Parameter | None = None
+        if config.target_positions:
+            self.target_embedding = nn.Parameter(torch.zeros(grid[0] * grid[1], config.width))
         self._initialise()
 
-    def forward(self, codes: Tensor, prefix: Prefix, grid: Grid | None = None) -> Tensor:
-        """Teacher forcing: codes (B, N) int64 in raster order -> logits (B, N, V) of each of them.
+    def forward(
+        self, codes: Tensor, prefix: Prefix, grid: Grid | None = None, order: Tensor | None = None
+    ) -> Tensor:
+        """Teacher forcing: codes (B, N) int64 in the order of writing -> logits (B, N, V) of each of them.
 
         N may be smaller than the grid; `grid` is the model's own unless another, not larger one, is given.
-        Raises UserError for a grid larger than the model's.
+        `order` (h * w,) or (B, h * w) int64 holds the cells' raster indices in the order of writing; None:
+        the model's own. Raises UserError for a grid larger than the model's.
         """
-        positions = self.positions(prefix, grid or self.grid)
+        grid = grid or self.grid
+        order = self.sequence_cells(grid, codes.device) if order is None else order
+        positions = self.positions(prefix, grid, order)
         prefix_length, num_codes = prefix.embeddings.shape[1], codes.shape[1]
         length = prefix_length + num_codes - 1
-        cells = (
-            None if prefix.cells is None else rearrange(prefix.cells, "b h w d -> b (h w) d")[:, :num_codes]
-        )
+        cells = self._cell_inputs(prefix, grid, order)
         x = self._inputs(prefix.embeddings, codes[:, :-1], cells, positions, 0)
         mask = attention_mask(_mask_or_none(prefix), self._num_unmasked(prefix_length), 0, length, x.device)
         x = self._run(
@@ -114,19 +141,25 @@ class Transformer(nn.Module):
         codes: Tensor,
         grid: Grid | None = None,
         *,
+        order: Tensor | None = None,
         last: Tensor | None = None,
         keep: bool = True,
     ) -> tuple[Tensor, KVCache | None]:
         """Take in a prefix and codes (B, n), n >= 0: logits (B, V) of the next code, and the cache.
 
-        `last` (B,) int64 says how many of the codes each sequence really has, where they are padded on the
-        right to one length: the logits are of the code after those. `keep=False` makes no cache, for
-        windows that move on at once. The last block answers one position only.
+        `order` (h * w,) is as in `forward`; later steps keep to it. `last` (B,) int64 says how many of the
+        codes each sequence really has, where they are padded on the right to one length: the logits are of
+        the code after those. `keep=False` makes no cache, for windows that move on at once. The last block
+        answers one position only.
         """
-        cache = self.new_cache(prefix, grid or self.grid) if keep else None
-        positions = cache.positions if cache is not None else self.positions(prefix, grid or self.grid)
+        grid = grid or self.grid
+        order = self.sequence_cells(grid, codes.device) if order is None else order
+        cache = self.new_cache(prefix, grid, order) if keep else None
+        if cache is not None:
+            positions, cells = cache.positions, cache.cells
+        else:
+            positions, cells = self.positions(prefix, grid, order), self._cell_inputs(prefix, grid, order)
         batch, prefix_length = prefix.embeddings.shape[:2]
-        cells = _flat_cells(prefix)
         x = self._inputs(prefix.embeddings, codes.expand(batch, -1), cells, positions, 0)
         length = x.shape[1]
         mask = attention_mask(_mask_or_none(prefix), self._num_unmasked(prefix_length), 0, length, x.device)
@@ -156,48 +189,84 @@ class Transformer(nn.Module):
         cache.length = start + length
         return self._logits(x)[:, 0]
 
-    def new_cache(self, prefix: Prefix, grid: Grid) -> KVCache:
-        """An empty cache for a prefix (B, P, D) and a grid of codes after it."""
+    def new_cache(self, prefix: Prefix, grid: Grid, order: Tensor | None = None) -> KVCache:
+        """An empty cache for a prefix (B, P, D) and a grid of codes after it, in an order (h * w,)."""
+        order = self.sequence_cells(grid, prefix.embeddings.device) if order is None else order
         batch, prefix_length = prefix.embeddings.shape[:2]
         shape = (batch, self.config.num_heads, prefix_length + grid[0] * grid[1], self.config.head_dim)
         table = self.token_embedding.weight
         return KVCache(
             keys=[table.new_empty(shape) for _ in self.blocks],
             values=[table.new_empty(shape) for _ in self.blocks],
-            positions=self.positions(prefix, grid),
+            positions=self.positions(prefix, grid, order),
             prefix_length=prefix_length,
-            cells=_flat_cells(prefix),
+            cells=self._cell_inputs(prefix, grid, order),
             prefix_mask=_mask_or_none(prefix),
         )
 
-    def positions(self, prefix: Prefix, grid: Grid) -> Positions:
-        """Learned positions or rotations of the prefix and of each cell of `grid`.
+    def sequence_cells(self, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+        """The model's order of writing on a grid: (h * w,) int64 raster indices of its cells.
 
-        On a grid smaller than the model's a cell keeps the position that its row and column have there.
+        A grid smaller than the model's is written in the order that its cells have there.
+        """
+        if self.order.kind == "raster":
+            return torch.arange(grid[0] * grid[1], device=device)
+        return restricted(cells_in_order(self.order, self.grid), self.grid, grid).to(device)
+
+    def positions(self, prefix: Prefix, grid: Grid, order: Tensor | None = None) -> Positions:
+        """Learned positions or rotations of the prefix and of each cell of `grid`, in the order of writing.
+
+        Where cells lie decides about rotations, and when the model's own order comes to them about learned
+        positions (as published), whatever the `order`, (h * w,) or (B, h * w), of this call. On a grid
+        smaller than the model's a cell keeps the position that its row and column have there.
         """
         if grid[0] > self.grid[0] or grid[1] > self.grid[1]:
             raise UserError(
                 f"a grid of {grid[0]}x{grid[1]} cells is larger than the {self.grid[0]}x{self.grid[1]} that "
                 "the transformer was built for; sample it with a sliding window"
             )
-        device, prefix_length = prefix.embeddings.device, prefix.embeddings.shape[1]
-        cells = grid_cells(*grid, device=device)
+        device = prefix.embeddings.device
+        order = self.sequence_cells(grid, device) if order is None else order
+        cells = grid_cells(*grid, device=device)[order]  # (h * w, 2) or (B, h * w, 2)
+        segments = segments_of(prefix)
         if isinstance(self.config, LlamaConfig):
-            before = cells.new_zeros(prefix_length, 2)
-            if prefix.grid is not None:
-                before = grid_cells(*prefix.grid, device=device)
-            rotation = rotary_2d(torch.cat((before, cells)), self.config.head_dim, self.config.rotary_base)
+            before = torch.cat([_segment_cells(segment, cells) for segment in segments])
+            places = torch.cat((before.expand(*cells.shape[:-2], -1, -1), cells), dim=-2)
+            cos, sin = rotary_2d(places, self.config.head_dim, self.config.rotary_base)
             dtype = self.token_embedding.weight.dtype
-            return Positions(None, (rotation[0].to(dtype), rotation[1].to(dtype)))
+            if order.ndim == 2:
+                cos, sin = cos[:, None], sin[:, None]  # all heads alike
+            return Positions(None, (cos.to(dtype), sin.to(dtype)))
         assert self.position_embedding is not None
-        index = torch.arange(prefix_length, device=device)
-        if prefix.grid is not None:
-            index = _raster_index(grid_cells(*prefix.grid, device=device), self.grid[1])
-        index = torch.cat((index, self.prefix_length + _raster_index(cells, self.grid[1])))
+        index, offset = [], 0
+        for segment in segments:
+            if isinstance(segment, int):
+                index.append(offset + torch.arange(segment, device=device))
+                offset += segment
+            else:
+                index.append(offset + self._raster_index(grid_cells(*segment, device=device)))
+                offset += self.grid[0] * self.grid[1]
+        before = torch.cat(index)
+        ranks = self._raster_index(cells)
+        if self.order.kind != "raster":
+            ranks = inverse(self.sequence_cells(self.grid, device))[ranks]
+        places = torch.cat((before.expand(*ranks.shape[:-1], -1), self.prefix_length + ranks), dim=-1)
         # The very last place of an imported block may be missing: that code is never an input.
         return Positions(
-            self.position_embedding[0, index.clamp(max=self.position_embedding.shape[1] - 1)], None
+            self.position_embedding[0, places.clamp(max=self.position_embedding.shape[1] - 1)], None
         )
+
+    def _cell_inputs(self, prefix: Prefix, grid: Grid, order: Tensor) -> Tensor | None:
+        """What is added to the inputs that predict each cell, in the order of writing: (B or 1, h * w, D)."""
+        cells = None
+        if prefix.cells is not None:
+            cells = to_sequence(rearrange(prefix.cells, "b h w d -> b (h w) d"), order)
+        if self.target_embedding is not None:
+            index = self._raster_index(grid_cells(*grid, device=order.device)[order])
+            targets = self.target_embedding[index]
+            targets = targets if order.ndim == 2 else targets[None]
+            cells = targets if cells is None else cells + targets
+        return cells
 
     def _inputs(
         self, prefix: Tensor, codes: Tensor, cells: Tensor | None, positions: Positions, start: int
@@ -215,7 +284,7 @@ class Transformer(nn.Module):
 
     def _place(self, x: Tensor, cells: Tensor | None, positions: Positions, start: int) -> Tensor:
         if positions.embedding is not None:
-            x = x + positions.embedding[start : start + x.shape[1]]
+            x = x + positions.embedding[..., start : start + x.shape[1], :]
         if cells is not None:
             x = x + cells.to(x.dtype)
         dropped: Tensor = self.embedding_dropout(x)
@@ -234,6 +303,10 @@ class Transformer(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits[..., : self.vocabulary_size]
 
+    def _raster_index(self, cells: Tensor) -> Tensor:
+        """Raster indices (...) on the model's own grid of cells (..., 2)."""
+        return cells[..., 0] * self.grid[1] + cells[..., 1]
+
     def _num_unmasked(self, prefix_length: int) -> int:
         return min(self.config.num_unmasked, prefix_length) if isinstance(self.config, GPTConfig) else 0
 
@@ -248,8 +321,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if self.position_embedding is not None:
-            nn.init.normal_(self.position_embedding, std=0.02)
+        for table in (self.position_embedding, self.target_embedding):
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
         if isinstance(self.config, LlamaConfig):
             for name, parameter in self.named_parameters():
                 if name.endswith(("proj.weight", "down.weight")):
@@ -337,13 +411,12 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     ]
 
 
-def _flat_cells(prefix: Prefix) -> Tensor | None:
-    return None if prefix.cells is None else rearrange(prefix.cells, "b h w d -> b (h w) d")
-
-
 def _mask_or_none(prefix: Prefix) -> Tensor | None:
     return None if bool(prefix.mask.all()) else prefix.mask
 
 
-def _raster_index(cells: Tensor, width: int) -> Tensor:
-    return cells[:, 0] * width + cells[:, 1]
+def _segment_cells(segment: Segment, like: Tensor) -> Tensor:
+    """Where the positions of a part of a prefix lie; those about the whole picture at (0, 0)."""
+    if isinstance(segment, int):
+        return like.new_zeros(segment, 2)
+    return grid_cells(*segment, device=like.device)

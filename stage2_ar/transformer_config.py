@@ -18,6 +18,11 @@ class _Common(Config):
     embedding_dropout: Probability = 0.0
     attention_dropout: Probability = 0.0
     residual_dropout: Probability = 0.0
+    target_positions: bool = Field(
+        False,
+        description="each input is also told which cell it predicts; random orders cannot do without "
+        "(Yu et al. 2024, RAR)",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> _Common:

@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
         ...
 
 
+Segment = int | tuple[int, int]
+"""A part of a prefix: so many positions about the whole picture, or one position a cell of a grid."""
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What a condition says to the transformer."""
@@ -77,6 +81,7 @@ class Prefix:
     cells: Tensor | None = None
     """(B, h, w, D) or None: added to the input that predicts each cell, so that a condition which is
     aligned with the picture does not lengthen the sequence."""
-    grid: tuple[int, int] | None = None
-    """(h, w) where the P positions are the cells of such a grid in raster order (P = h * w), else None:
-    tells rotary positions where they lie."""
+    segments: tuple[Segment, ...] | None = None
+    """What the P positions are, one part after another: a number n stands for n positions that speak of the
+    picture as a whole, a pair (h, w) for the cells of such a grid in raster order. None: (P,). It tells
+    positions where they lie, and which of them belong to a window of the picture."""

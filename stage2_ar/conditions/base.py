@@ -9,7 +9,7 @@ Axes: B samples, P prefix positions, h w cells, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -17,10 +17,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from taming.data.dataset import PictureDataset
 from taming.errors import UserError
-from taming.types import Batch, Prefix
+from taming.types import Batch, Prefix, Segment
 
 Grid = tuple[int, int]
+
+WindowPrefix = Callable[[int, int], Prefix]
+"""(top, left) of a window, in cells -> its prefix."""
 
 
 class Condition(nn.Module, ABC):
@@ -56,12 +60,25 @@ class Condition(nn.Module, ABC):
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
         """The prefix of a checked batch."""
 
+    @abstractmethod
+    def check_data(self, data: PictureDataset) -> None:
+        """Raises UserError where a data set does not have what the condition needs, before training."""
+
+    @abstractmethod
+    def example(self, batch_size: int, grid: Grid) -> Batch:
+        """The smallest valid batch for a grid (h, w), to estimate memory and to test with."""
+
+    def derive(self, batch: Batch) -> Batch:
+        """The batch with what can be made of it, where a user gave no condition of his own: edges, say."""
+        return batch
+
     def forward(self, batch: Batch, grid: Grid) -> Prefix:
         """The prefix of a batch for a grid (h, w), which may be larger than the transformer's.
 
         In training mode each sample is replaced by null with the probability `dropout`.
         Raises UserError where the condition is missing, out of range or of the wrong size.
         """
+        batch = self.derive(batch)
         self.check(batch, grid)
         prefix = self.embed(batch, grid)
         if not (self.training and self.dropout > 0):
@@ -69,6 +86,21 @@ class Condition(nn.Module, ABC):
         size, device = prefix.embeddings.shape[0], prefix.embeddings.device
         dropped = torch.rand(size, device=device) < self.dropout
         return mix_prefixes(dropped, self.null(size, grid, device), prefix)
+
+    def windows(self, batch: Batch, grid: Grid, size: Grid) -> WindowPrefix:
+        """The prefixes of windows of `size` cells of a picture of `grid` cells; for sampling.
+
+        The whole picture's condition is embedded once and cropped.
+        """
+        whole = self(batch, grid)
+        return lambda top, left: crop_prefix(whole, top, left, size)
+
+    def null_windows(
+        self, batch_size: int, grid: Grid, size: Grid, device: torch.device | str
+    ) -> WindowPrefix:
+        """As `windows`, of the prefix that says nothing."""
+        whole = self.null(batch_size, grid, device)
+        return lambda top, left: crop_prefix(whole, top, left, size)
 
     def attach(self, token_embedding: nn.Embedding) -> None:
         """Give the transformer's table to the condition; only one that shares it makes use of it."""
@@ -92,17 +124,18 @@ class Condition(nn.Module, ABC):
         for name in self.keys:
             if name not in conditions:
                 raise UserError(f'condition {name!r} is missing; give it as {{"{name}": ...}}')
-        batch: Batch = {}
-        for name, key in self.keys.items():
-            try:
-                value = torch.as_tensor(conditions[name])
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise UserError(f"condition {name!r} is not an array of numbers: {error}") from None
-            batch[key] = self._shape(name, value).to(device)
-        return batch
+        return {key: self.read_value(name, conditions[name], device) for name, key in self.keys.items()}
+
+    def read_value(self, name: str, value: Any, device: torch.device | str) -> Any:
+        """One user's value with its batch axis and type, on `device`. Raises UserError."""
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"condition {name!r} is not an array of numbers: {error}") from None
+        return self._shape(name, tensor).to(device)
 
     def _shape(self, name: str, value: Tensor) -> Tensor:
-        """One user's value with its batch axis and type."""
+        """One user's tensor with its batch axis and type."""
         return value
 
 
@@ -145,6 +178,36 @@ def mix_prefixes(choose_first: Tensor, first: Prefix, second: Prefix) -> Prefix:
     )
 
 
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The samples `rows` (n,) int64 of a batch, in that order; a sample may come more than once."""
+    numbers = rows.tolist()
+    return {
+        name: value[rows.to(value.device)] if isinstance(value, Tensor) else [value[n] for n in numbers]
+        for name, value in batch.items()
+    }
+
+
+def segments_of(prefix: Prefix) -> tuple[Segment, ...]:
+    """The parts of a prefix; they add up to its P positions."""
+    return (prefix.embeddings.shape[1],) if prefix.segments is None else prefix.segments
+
+
+def segment_length(segment: Segment) -> int:
+    """How many positions a part has."""
+    return segment if isinstance(segment, int) else segment[0] * segment[1]
+
+
+def join_prefixes(prefixes: list[Prefix]) -> Prefix:
+    """Several conditions as one: their positions one after another, what they say of cells summed."""
+    cells = [prefix.cells for prefix in prefixes if prefix.cells is not None]
+    return Prefix(
+        torch.cat([prefix.embeddings for prefix in prefixes], dim=1),
+        torch.cat([prefix.mask for prefix in prefixes], dim=1),
+        cells=torch.stack(cells).sum(dim=0) if cells else None,
+        segments=tuple(segment for prefix in prefixes for segment in segments_of(prefix)),
+    )
+
+
 def crop_prefix(prefix: Prefix, top: int, left: int, size: Grid) -> Prefix:
     """The prefix of a window of `size` (h, w) at (top, left), from the prefix of the whole grid.
 
@@ -154,16 +217,27 @@ def crop_prefix(prefix: Prefix, top: int, left: int, size: Grid) -> Prefix:
     rows, columns = slice(top, top + height), slice(left, left + width)
     if prefix.cells is not None:
         prefix = replace(prefix, cells=prefix.cells[:, rows, columns])
-    if prefix.grid is not None:
-        embeddings = rearrange(prefix.embeddings, "b (h w) d -> b h w d", h=prefix.grid[0])[:, rows, columns]
-        mask = rearrange(prefix.mask, "b (h w) -> b h w", h=prefix.grid[0])[:, rows, columns]
-        prefix = replace(
-            prefix,
-            embeddings=rearrange(embeddings, "b h w d -> b (h w) d"),
-            mask=rearrange(mask, "b h w -> b (h w)"),
-            grid=(embeddings.shape[1], embeddings.shape[2]),
-        )
-    return prefix
+    if prefix.segments is None or all(isinstance(segment, int) for segment in prefix.segments):
+        return prefix
+    embeddings, masks, segments, start = [], [], [], 0
+    for segment in prefix.segments:
+        stop = start + segment_length(segment)
+        part, mask = prefix.embeddings[:, start:stop], prefix.mask[:, start:stop]
+        if not isinstance(segment, int):
+            part = rearrange(part, "b (h w) d -> b h w d", h=segment[0])[:, rows, columns]
+            mask = rearrange(mask, "b (h w) -> b h w", h=segment[0])[:, rows, columns]
+            segment = part.shape[1], part.shape[2]
+            part, mask = rearrange(part, "b h w d -> b (h w) d"), rearrange(mask, "b h w -> b (h w)")
+        embeddings.append(part)
+        masks.append(mask)
+        segments.append(segment)
+        start = stop
+    return replace(
+        prefix,
+        embeddings=torch.cat(embeddings, dim=1),
+        mask=torch.cat(masks, dim=1),
+        segments=tuple(segments),
+    )
 
 
 def all_attended(embeddings: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stage2_ar.conditions.base import Condition, Grid, all_attended, check_range, whole_numbers
 from stage2_ar.conditions.config import ClassConditionConfig
+from taming.data.dataset import PictureDataset
 from taming.errors import UserError
 from taming.types import Batch, Prefix
 
@@ -40,6 +41,21 @@ class ClassCondition(Condition):
         if label.ndim != 1:
             raise UserError(f"class labels of shape {tuple(label.shape)} are not (B,): one a picture")
         check_range("class", label, self.num_classes, "classes")
+
+    def check_data(self, data: PictureDataset) -> None:
+        if "label" not in data.provides:
+            raise UserError(
+                "condition.kind=class needs class labels, and the data has none; put pictures into a "
+                "sub-folder a class and set data.class_labels=true"
+            )
+        if data.num_classes > self.num_classes:
+            raise UserError(
+                f"the data has {data.num_classes} classes, but condition.num_classes is {self.num_classes}; "
+                f"set condition.num_classes={data.num_classes}"
+            )
+
+    def example(self, batch_size: int, grid: Grid) -> Batch:
+        return {"label": torch.zeros(batch_size, dtype=torch.int64)}
 
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
         table = self.shared_table if self.embedding is None else self.embedding

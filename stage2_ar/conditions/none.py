@@ -7,6 +7,7 @@ from torch import nn
 
 from stage2_ar.conditions.base import Condition, Grid, all_attended, batch_size_of
 from stage2_ar.conditions.config import NoConditionConfig
+from taming.data.dataset import PictureDataset
 from taming.types import Batch, Prefix
 
 
@@ -23,6 +24,12 @@ class NoCondition(Condition):
 
     def check(self, batch: Batch, grid: Grid) -> None:
         batch_size_of(batch)
+
+    def check_data(self, data: PictureDataset) -> None:
+        """Any data will do."""
+
+    def example(self, batch_size: int, grid: Grid) -> Batch:
+        return {"key": [str(number) for number in range(batch_size)]}
 
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
         """The start token for as many samples as the batch has entries of any kind."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stage2_ar.conditions.base import Condition, Grid, all_attended, check_range, whole_numbers
 from stage2_ar.conditions.config import SegmentationConditionConfig
+from taming.data.dataset import PictureDataset
 from taming.errors import UserError
 from taming.types import Batch, Prefix
 
@@ -60,6 +61,22 @@ class SegmentationCondition(Condition):
             )
         check_range("segmentation label", labels, self.num_labels, "labels")
 
+    def check_data(self, data: PictureDataset) -> None:
+        if "segmentation" not in data.provides:
+            raise UserError(
+                "condition.kind=segmentation needs label maps, and the data has none; set "
+                "data.segmentation to their folder and data.num_labels"
+            )
+        if data.num_labels > self.num_labels:
+            raise UserError(
+                f"the data has {data.num_labels} labels, but condition.num_labels is {self.num_labels}; "
+                f"set condition.num_labels={data.num_labels}"
+            )
+
+    def example(self, batch_size: int, grid: Grid) -> Batch:
+        height, width = (side * self.downsample_factor for side in grid)
+        return {"segmentation": torch.zeros(batch_size, height, width, dtype=torch.int64)}
+
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
         return self._prefix(self.features(batch["segmentation"]), grid)
 
@@ -87,7 +104,7 @@ class SegmentationCondition(Condition):
             start = self.start.expand(features.shape[0], 1, -1)
             return Prefix(start, all_attended(start), cells=features)
         positions = rearrange(features, "b h w d -> b (h w) d")
-        return Prefix(positions, all_attended(positions), grid=grid)
+        return Prefix(positions, all_attended(positions), segments=(grid,))
 
     def _shape(self, name: str, value: Tensor) -> Tensor:
         return whole_numbers(name, value)[None] if value.ndim == 2 else whole_numbers(name, value)

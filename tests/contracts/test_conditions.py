@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stage2_ar.conditions import Condition, build_condition, crop_prefix
-from stage2_ar.conditions.base import mix_prefixes
+from stage2_ar.conditions.base import mix_prefixes, segment_length, segments_of
 from stage2_ar.conditions.config import (
     ClassConditionConfig,
     NoConditionConfig,
@@ -64,12 +64,12 @@ def test_shapes(name: str) -> None:
         assert prefix.mask.shape == prefix.embeddings.shape[:2]
         assert prefix.mask.dtype == torch.bool
         assert prefix.cells is None or prefix.cells.shape == (BATCH, *grid, WIDTH)
-        assert prefix.grid in (None, grid)
+        assert sum(map(segment_length, segments_of(prefix))) == prefix.embeddings.shape[1]
         if condition.has_null:
             null = condition.null(BATCH, grid, "cpu")
             assert null.embeddings.shape == prefix.embeddings.shape
             assert (null.cells is None) == (prefix.cells is None)
-            assert null.grid == prefix.grid
+            assert null.segments == prefix.segments
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -72,7 +72,7 @@ def test_sliding_window(schedule: Literal["serial", "wavefront"]) -> None:
     condition = io["condition_tokens"]
     grid = (condition.shape[1], condition.shape[2])
     embeddings = model.token_embedding(condition).flatten(1, 2).detach()
-    whole = Prefix(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool), grid=grid)
+    whole = Prefix(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool), segments=(grid,))
     codes = sample_sliding(
         model,
         lambda top, left: crop_prefix(whole, top, left, (window, window)),

@@ -112,7 +112,7 @@ def test_cached_equals_uncached(kind: str, guidance_scale: float, masked: bool) 
 def test_prefix_on_a_grid_and_without_cells(kind: str) -> None:
     model = small_transformer(kind, prefix_length=CELLS)
     embeddings = random_prefix(2, length=CELLS).embeddings
-    prefix = Prefix(embeddings, torch.ones(2, CELLS, dtype=torch.bool), grid=GRID)
+    prefix = Prefix(embeddings, torch.ones(2, CELLS, dtype=torch.bool), segments=(GRID,))
     for grid, given_prefix in ((GRID, prefix), ((2, 3), crop_prefix(prefix, 0, 1, (2, 3)))):
         uniforms = picture_uniforms(0, 0, 2, grid[0] * grid[1])
         cached = sample_codes(model, given_prefix, None, grid, uniforms, SamplingSettings())

@@ -30,7 +30,7 @@ def _windows(whole: Prefix, grid: tuple[int, int]) -> WindowPrefix:
 
 def _gridded_prefix(batch: int, grid: tuple[int, int], seed: int = 0) -> Prefix:
     whole = random_prefix(batch, length=grid[0] * grid[1], grid=grid, seed=seed)
-    return replace(whole, cells=None, grid=grid)
+    return replace(whole, cells=None, segments=(grid,))
 
 
 def _published_procedure(
@@ -179,10 +179,10 @@ def test_strides_out_of_range() -> None:
 
 def test_cropping_a_prefix() -> None:
     embeddings = torch.arange(12.0)[None, :, None].expand(1, 12, WIDTH)
-    whole = Prefix(embeddings, torch.ones(1, 12, dtype=torch.bool), torch.randn(1, 3, 4, WIDTH), (3, 4))
+    whole = Prefix(embeddings, torch.ones(1, 12, dtype=torch.bool), torch.randn(1, 3, 4, WIDTH), ((3, 4),))
     part = crop_prefix(whole, 1, 2, (2, 2))
     assert part.embeddings[0, :, 0].tolist() == [6, 7, 10, 11]
-    assert part.grid == (2, 2)
+    assert part.segments == ((2, 2),)
     assert part.cells is not None
     assert whole.cells is not None
     assert torch.equal(part.cells, whole.cells[:, 1:, 2:])

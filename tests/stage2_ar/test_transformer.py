@@ -115,7 +115,7 @@ def test_rotary_prefix_is_the_identity_unless_it_has_a_grid() -> None:
     assert torch.equal(plain[0][:3], torch.ones_like(plain[0][:3]))
     assert torch.equal(plain[1][:3], torch.zeros_like(plain[1][:3]))
     embeddings = torch.randn(1, 12, 16)
-    gridded = Prefix(embeddings, torch.ones(1, 12, dtype=torch.bool), grid=GRID)
+    gridded = Prefix(embeddings, torch.ones(1, 12, dtype=torch.bool), segments=(GRID,))
     rotation = model.positions(gridded, GRID).rotation
     assert rotation is not None
     assert torch.equal(rotation[0][:12], rotation[0][12:])  # a condition's cell lies where the code's does
