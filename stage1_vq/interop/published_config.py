@@ -71,17 +71,17 @@ def read_published(path: Path, part: Part | None) -> Published:
     """
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist; give the YAML file that came with the checkpoint")
-    section = _mapping(read_yaml(path), "model", path)
+    section = section_of(read_yaml(path), "model", path)
     target = section.get("target")
     if target in CONTAINERS:
-        section = _part_of(_mapping(section, "params", path), part, path)
+        section = _part_of(section_of(section, "params", path), part, path)
         target = section.get("target")
     if target not in FAMILIES:
         raise ConfigError(
             f"{path}: target {target!r} is not an autoencoder that can be imported; known are "
             f"{', '.join(FAMILIES)}, and these inside {' and '.join(CONTAINERS)}"
         )
-    return _translate(FAMILIES[target], str(target), _mapping(section, "params", path), path)
+    return _translate(FAMILIES[target], str(target), section_of(section, "params", path), path)
 
 
 def _part_of(params: dict[str, Any], part: Part | None, path: Path) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def _part_of(params: dict[str, Any], part: Part | None, path: Path) -> dict[str,
 
 
 def _translate(family: Family, target: str, params: dict[str, Any], path: Path) -> Published:
-    net = _mapping(params, "ddconfig", path)
-    _only_known(params, MODEL_KEYS | IDLE_MODEL_KEYS, {"ddconfig", "n_embed", "embed_dim"}, path)
+    net = section_of(params, "ddconfig", path)
+    only_known(params, MODEL_KEYS | IDLE_MODEL_KEYS, {"ddconfig", "n_embed", "embed_dim"}, path)
     idle = IDLE_NET_VALUES.keys() | {"dropout", "attn_type", "out_ch"}
-    _only_known(net, NET_KEYS | idle, NET_KEYS, path)
+    only_known(net, NET_KEYS | idle, NET_KEYS, path)
     for key, only in IDLE_NET_VALUES.items():
         if net.get(key, only) != only:
             raise ConfigError(f"{path}: ddconfig.{key} is {net[key]!r}; only {only!r} can be imported")
@@ -187,7 +187,8 @@ def _temperature(schedule: Any) -> dict[str, Any]:
     return {name: params[key] for name, key in zip(names, wanted, strict=True)}
 
 
-def _mapping(values: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+def section_of(values: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """The mapping under `key` of a YAML file. Raises ConfigError where there is none."""
     value = values.get(key)
     if not isinstance(value, dict):
         raise ConfigError(
@@ -197,8 +198,9 @@ def _mapping(values: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def _only_known(values: Mapping[str, Any], known: set[str], needed: set[str], path: Path) -> None:
-    unknown, missing = sorted(values.keys() - known), sorted(needed - values.keys())
+def only_known(values: Mapping[str, Any], known: set[str], needed: set[str], path: Path) -> None:
+    """Raises ConfigError for a key that is not `known`, or one that is `needed` and missing."""
+    unknown, missing = sorted(map(str, values.keys() - known)), sorted(needed - values.keys())
     if unknown:
         raise ConfigError(
             f"{path}: key {unknown[0]!r} is not one that can be imported; known: {sorted(known)}"
