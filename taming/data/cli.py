@@ -42,7 +42,7 @@ def scenes(
     typer.echo(f"{num} scenes of {frame[0]}x{frame[1]} (height x width) in {out}")
     typer.echo(
         f"train on them with: -o data.root={out} -o data.segmentation=segmentation"
-        f" -o data.num_labels={_num_labels()}"
+        f" -o data.num_labels={_num_labels()}, or -o data.objects=objects.json, or -o data.text=captions"
     )
 
 

@@ -82,6 +82,15 @@ class FolderDataConfig(Config):
     """Folder under root with a second picture for each picture."""
     condition_channels: int = Field(3, ge=1)
     """As `channels`, of the second pictures."""
+    objects: str | None = None
+    """File under root with the boxes of objects, a JSON in the layout of COCO's instances."""
+    least_visible: float = Field(0.25, ge=0.0, le=1.0)
+    """A crop keeps an object that has at least this share of its box inside; boxes are cut off at edges."""
+    crowds: bool = False
+    """Keep annotations that are marked as crowds: one box around many objects."""
+    text: str | None = None
+    """Captions under root: a folder with NAME.txt a picture, one caption a line, or a JSON in the layout of
+    COCO's captions. Each epoch shows one of a picture's captions; validation shows the first."""
     class_labels: bool = False
     """The first-level sub-folders of the picture folder are the classes."""
     size: Size = 256

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from taming.data.scenes import (
     SMALLEST_SHARE,
     Scene,
     SceneObject,
+    every_phrase,
     render_scene,
 )
 from taming.data.transforms import uniforms
@@ -42,10 +43,16 @@ class PictureDataset(ABC):
     """Names of the picture's classes; empty without class labels."""
     num_labels: int
     """Labels of the segmentation maps; 0 without maps."""
+    object_names: Sequence[str] = ()
+    """Names of the objects' classes; empty without objects."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def num_object_classes(self) -> int:
+        return len(self.object_names)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -61,6 +68,12 @@ class PictureDataset(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 in hex over the samples' names and sizes: changes whenever the data does."""
+
+    def texts(self) -> Iterator[str]:
+        """Every caption that samples may show, or others of the same words; nothing without captions."""
+        if "text" in self.provides:
+            for index in range(len(self)):
+                yield self.sample(index, -1)["text"]
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int], *, seed: int = 0) -> Batch:
         """Several samples, collated."""
@@ -90,6 +103,7 @@ class ScenesDataset(PictureDataset):
         names = {"image", "label", "segmentation", "depth", "objects", "text", "key"}
         self.provides = frozenset(names if config.crop_from is None else names | {"crop"})
         self.class_names = list(CLASS_NAMES)
+        self.object_names = CLASS_NAMES
         self.num_labels = len(LABEL_NAMES)
         self.prototypes = PROTOTYPES
         self._length = config.num_train if split == "train" else config.num_validation
@@ -149,6 +163,10 @@ class ScenesDataset(PictureDataset):
             name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()
         }
         return {**tensors, "objects": objects, "text": texts, "key": keys}
+
+    def texts(self) -> Iterator[str]:
+        # Drawing all scenes for the sake of their few words would take longer than a short training.
+        yield from every_phrase()
 
     def key(self, index: int) -> str:
         return f"scene-{self._seed}-{index:06d}"

@@ -15,7 +15,7 @@ from PIL import Image
 from taming.data.scenes import CLASS_NAMES, LABEL_NAMES, Scene, render_scene
 from taming.errors import DataError
 
-_OURS = re.compile(r"scene_\d{6}\.png")
+_OURS = re.compile(r"scene_\d{6}\.(png|txt)")
 
 
 def write_scenes(
@@ -24,15 +24,15 @@ def write_scenes(
     """Write scenes 0 to num - 1 of `seed`; yields the number of each when it is written.
 
     images/NAME.png, segmentation/NAME.png (8-bit labels), depth/NAME.png (16-bit inverse depth),
-    labels.csv (name, class, text), label_names.txt (a line a segmentation label), objects.json (boxes as
-    in COCO, in pixels). Raises DataError for a folder that is not empty, unless `overwrite`: then scenes
-    of an earlier run are replaced and other files are left alone.
+    captions/NAME.txt, labels.csv (name, class, text), label_names.txt (a line a segmentation label),
+    objects.json (boxes as in COCO, in pixels). Raises DataError for a folder that is not empty, unless
+    `overwrite`: then scenes of an earlier run are replaced and other files are left alone.
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file, not a folder; give another --out")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise DataError(f"{folder} is not empty; give another --out, or --overwrite to replace its scenes")
-    for name in ("images", "segmentation", "depth"):
+    for name in ("images", "segmentation", "depth", "captions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         # A longer earlier run would leave maps or pictures that have no partner.
         for path in (folder / name).iterdir():
@@ -44,6 +44,7 @@ def write_scenes(
     for index in range(num):
         scene, name = render_scene(seed, index, size), f"scene_{index:06d}"
         _write_pictures(folder, name, scene)
+        (folder / "captions" / f"{name}.txt").write_text(scene.text + "\n", encoding="utf-8")
         rows.append((name, CLASS_NAMES[scene.label], scene.text))
         images.append({"id": index, "file_name": f"{name}.png", "height": size[0], "width": size[1]})
         for item in scene.objects:

@@ -7,8 +7,9 @@ alone but for label maps, which are read in full.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,10 +18,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from taming.data.annotations import read_annotations
+from taming.data.boxes import crop_objects, mirror_objects
+from taming.data.captions import read_captions
 from taming.data.channels import ARRAY_SUFFIX, read_pixel_size, read_pixels
 from taming.data.config import FolderDataConfig
 from taming.data.dataset import PictureDataset, Split
 from taming.data.picture import SUFFIXES, read_depth, read_labels, read_size
+from taming.data.scenes import SceneObject
 from taming.data.transforms import Crop, choose_crop, crop_depth, crop_labels, uniforms
 from taming.errors import DataError
 
@@ -57,6 +62,15 @@ class FolderDataset(PictureDataset):
         self.class_names: list[str] = []
         if config.class_labels:
             entries, self.class_names = _label_classes(entries, self.folder)
+        self.objects: dict[str, list[SceneObject]] | None = None
+        self.captions: dict[str, tuple[str, ...]] | None = None
+        # Before the splits part, so that a file that is wrong about either of them is found at once.
+        keys, root = [entry.key for entry in entries], config.root.expanduser()
+        if config.objects is not None:
+            annotations = read_annotations(root / config.objects, keys, crowds=config.crowds)
+            self.objects, self.object_names = annotations.objects, annotations.names
+        if config.text is not None:
+            self.captions = read_captions(root / config.text, keys)
         held_out = _held_out(entries, config.validation_fraction)
         entries = [entry for entry in entries if (entry.key in held_out) == (split == "validation")]
         self.entries = _check_sizes(entries, config)
@@ -65,7 +79,8 @@ class FolderDataset(PictureDataset):
             self.num_labels = config.num_labels
             _check_labels(self.entries, config)
         names = {"image", "crop", "key", *_map_kinds(config)} | ({"label"} if config.class_labels else set())
-        self.provides = frozenset(names)
+        told = {"objects": self.objects, "text": self.captions}
+        self.provides = frozenset(names | {name for name, value in told.items() if value is not None})
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -88,13 +103,31 @@ class FolderDataset(PictureDataset):
                 sample[kind] = self._read(path, self.config.condition_channels, crop)
         if entry.label is not None:
             sample["label"] = entry.label
+        if self.objects is not None:
+            frame = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+            objects = crop_objects(self.objects[entry.key], frame, visible=self.config.least_visible)
+            sample["objects"] = mirror_objects(objects) if crop.flip else objects
+        if self.captions is not None:
+            lines = self.captions[entry.key]
+            chance = 0.0 if epoch < 0 else uniforms(seed, epoch, f"{entry.key}/caption", 1)[0]
+            sample["text"] = lines[int(chance * len(lines))]
         return sample
+
+    def texts(self) -> Iterator[str]:
+        if self.captions is not None:
+            for entry in self.entries:
+                yield from self.captions[entry.key]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for entry in self.entries:
             for path in (entry.path, *entry.maps.values()):
                 digest.update(f"{entry.key}/{path.suffix}/{entry.size}/{path.stat().st_size}\n".encode())
+            if self.objects is not None:
+                digest.update(json.dumps(self.objects[entry.key]).encode())
+            if self.captions is not None:
+                digest.update(json.dumps(self.captions[entry.key]).encode())
+        digest.update("\n".join(self.object_names).encode())
         return digest.hexdigest()
 
     def _crop(self, entry: Entry, epoch: int, seed: int) -> Crop:

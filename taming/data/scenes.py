@@ -120,8 +120,8 @@ class _Stage:
     @property
     def sky_words(self) -> str:
         if self.dusk > 0.35:
-            return "an evening sky"
-        return "a cloudy sky" if self.cloudiness > 0.5 else "a clear sky"
+            return _SKIES[0]
+        return _SKIES[1] if self.cloudiness > 0.5 else _SKIES[2]
 
     def noise(self, random: np.random.Generator, rows: float, columns: float) -> np.ndarray:
         """(H, W) smooth noise in about [-1, 1], of `rows` and `columns` bumps along the shorter side."""
@@ -248,6 +248,7 @@ def _visible_objects(owner: np.ndarray, places: list[Placement]) -> list[SceneOb
 
 
 _NUMBERS = ("no", "a", "two", "three", "four", "five", "six")
+_SKIES = ("an evening sky", "a cloudy sky", "a clear sky")
 
 
 def _describe(objects: list[SceneObject], sky: str) -> str:
@@ -262,3 +263,15 @@ def _describe(objects: list[SceneObject], sky: str) -> str:
     if parts:
         behind = " in front of " + (", ".join(parts[:-1]) + " and " + parts[-1] if parts[1:] else parts[0])
     return f"{OBJECTS[CLASS_NAMES[nearest]].singular}{behind} under {sky}"
+
+
+def every_phrase() -> list[str]:
+    """Sentences of the scenes' language in which each of its words stands."""
+    amounts = (*_NUMBERS[2:], "many")
+    kinds = list(OBJECTS.values())
+    sentences = []
+    for number in range(max(len(amounts), len(kinds), len(_SKIES))):
+        kind, sky = kinds[number % len(kinds)], _SKIES[number % len(_SKIES)]
+        some = f"{amounts[number % len(amounts)]} {kind.plural}"
+        sentences.append(f"{kind.singular} in front of {kind.singular} and {some} under {sky}")
+    return sentences

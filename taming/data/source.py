@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class AllSplits(PictureDataset):
         first = parts[0]
         self.size, self.provides = first.size, first.provides
         self.class_names, self.num_labels = first.class_names, first.num_labels
+        self.object_names = first.object_names
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -64,6 +65,10 @@ class AllSplits(PictureDataset):
                 return part.sample(index, epoch, seed=seed)
             index -= len(part)
         raise IndexError(index)
+
+    def texts(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.texts()
 
     def fingerprint(self) -> str:
         return "/".join(part.fingerprint() for part in self.parts)
