@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import assert_never
 
 from stage2_ar.conditions.base import Condition, crop_prefix
+from stage2_ar.conditions.combined import CombinedCondition
 from stage2_ar.conditions.config import (
     ClassConditionConfig,
+    CombinedConditionConfig,
     ConditionConfig,
+    DepthConditionConfig,
+    ImageConditionConfig,
     NoConditionConfig,
     SegmentationConditionConfig,
+    SingleCondition,
 )
+from stage2_ar.conditions.depth import DepthCondition
+from stage2_ar.conditions.image import build_image_condition
 from stage2_ar.conditions.label import ClassCondition
 from stage2_ar.conditions.none import NoCondition
 from stage2_ar.conditions.segmentation import SegmentationCondition
@@ -19,14 +26,12 @@ __all__ = ["Condition", "ConditionConfig", "build_condition", "crop_prefix"]
 
 
 def build_condition(
-    config: NoConditionConfig | ClassConditionConfig | SegmentationConditionConfig,
-    *,
-    width: int,
-    downsample_factor: int,
+    config: SingleCondition | CombinedConditionConfig, *, width: int, downsample_factor: int
 ) -> Condition:
     """The condition that a config describes, for a transformer of `width` and a tokenizer's factor.
 
     A condition that shares the transformer's table still needs `attach(transformer.token_embedding)`.
+    Raises ConfigError for a combination that cannot be.
     """
     match config:
         case NoConditionConfig():
@@ -35,5 +40,15 @@ def build_condition(
             return ClassCondition(config, width=width)
         case SegmentationConditionConfig():
             return SegmentationCondition(config, width=width, downsample_factor=downsample_factor)
+        case DepthConditionConfig():
+            return DepthCondition(config, width=width, downsample_factor=downsample_factor)
+        case ImageConditionConfig():
+            return build_image_condition(config, width=width, downsample_factor=downsample_factor)
+        case CombinedConditionConfig():
+            parts = [
+                build_condition(part, width=width, downsample_factor=downsample_factor)
+                for part in config.conditions
+            ]
+            return CombinedCondition(parts, dropout=config.dropout)
         case _:
             assert_never(config)

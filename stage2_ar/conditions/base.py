@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -30,7 +30,7 @@ WindowPrefix = Callable[[int, int], Prefix]
 class Condition(nn.Module, ABC):
     """Turns a batch into a `Prefix`; in training mode it is replaced by null at random."""
 
-    keys: ClassVar[Mapping[str, str]] = {}
+    keys: Mapping[str, str] = {}
     """User's name of each condition -> key of the batch ("class" -> "label")."""
 
     def __init__(self, dropout: float = 0.0) -> None:
@@ -80,7 +80,10 @@ class Condition(nn.Module, ABC):
         """
         batch = self.derive(batch)
         self.check(batch, grid)
-        prefix = self.embed(batch, grid)
+        return self.drop(self.embed(batch, grid), grid)
+
+    def drop(self, prefix: Prefix, grid: Grid) -> Prefix:
+        """In training mode: each sample's prefix replaced by null with the probability `dropout`."""
         if not (self.training and self.dropout > 0):
             return prefix
         size, device = prefix.embeddings.shape[0], prefix.embeddings.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from taming.config import Config
 
@@ -33,16 +33,13 @@ class ClassConditionConfig(Config):
     )
 
 
-class SegmentationConditionConfig(Config):
-    """A label a pixel."""
+class PictureConditionConfig(Config):
+    """What all conditions that are a picture or a map have."""
 
-    kind: Literal["segmentation"] = "segmentation"
-    num_labels: int = Field(ge=1)
     placement: Literal["aligned", "prefix"] = Field(
         "aligned",
         description="added to the input that predicts each cell, or h * w positions before the codes",
     )
-    label_dim: int = Field(16, ge=1)
     hidden_width: int = Field(128, ge=1)
     context_layers: int = Field(
         2, ge=0, description="3x3 convolutions over the cells, so that each knows its surroundings"
@@ -50,6 +47,75 @@ class SegmentationConditionConfig(Config):
     dropout: Probability = Field(0.1, description="share of samples that train without it, for guidance")
 
 
-ConditionConfig = Annotated[
-    NoConditionConfig | ClassConditionConfig | SegmentationConditionConfig, Field(discriminator="kind")
-]
+class SegmentationConditionConfig(PictureConditionConfig):
+    """A label a pixel."""
+
+    kind: Literal["segmentation"] = "segmentation"
+    num_labels: int = Field(ge=1)
+    label_dim: int = Field(16, ge=1)
+
+
+class DepthConditionConfig(PictureConditionConfig):
+    """A map of inverse depth, 1 being nearest."""
+
+    kind: Literal["depth"] = "depth"
+
+
+class ImageConditionConfig(PictureConditionConfig):
+    """A second picture."""
+
+    kind: Literal["image"] = "image"
+    source: Literal["condition_image", "low_resolution", "edges"] = Field(
+        "condition_image",
+        description="the other of a pair (data.condition_image), or what is made of the picture itself",
+    )
+    channels: int | None = Field(None, ge=1, description="of the second picture; None: 3, and 1 of edges")
+    scale: int | None = Field(
+        None, ge=2, description="low_resolution: how many times smaller each side of the second picture is"
+    )
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels or (1 if self.source == "edges" else 3)
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageConditionConfig:
+        if self.source == "low_resolution" and self.scale is None:
+            raise ValueError("source low_resolution needs scale: 4 makes each side a quarter")
+        if self.source != "low_resolution" and self.scale is not None:
+            raise ValueError(f"scale belongs to source low_resolution; leave it out with {self.source}")
+        if self.source == "edges" and self.num_channels != 1:
+            raise ValueError("edges have one channel; leave channels out")
+        return self
+
+
+SingleCondition = (
+    NoConditionConfig
+    | ClassConditionConfig
+    | SegmentationConditionConfig
+    | DepthConditionConfig
+    | ImageConditionConfig
+)
+"""All but the combination of several."""
+
+
+class CombinedConditionConfig(Config):
+    """Several conditions at once: their prefixes one after another, what they add to cells summed."""
+
+    kind: Literal["combined"] = "combined"
+    conditions: list[Annotated[SingleCondition, Field(discriminator="kind")]] = Field(min_length=2)
+    dropout: Probability = Field(
+        0.1,
+        description="share of samples that train without all of them, for guidance; each part's own dropout "
+        "leaves out that part alone",
+    )
+
+    @field_validator("conditions")
+    @classmethod
+    def _no_empty_part(cls, value: list[SingleCondition]) -> list[SingleCondition]:
+        if any(isinstance(part, NoConditionConfig) for part in value):
+            raise ValueError("kind none says nothing beside others; leave it out")
+        return value
+
+
+ConditionConfig = Annotated[SingleCondition | CombinedConditionConfig, Field(discriminator="kind")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from taming.types import Batch, Prefix
 class ClassCondition(Condition):
     """A row of its own table, or the entry of that number in the transformer's (published models)."""
 
-    keys: ClassVar[Mapping[str, str]] = {"class": "label"}
+    keys: Mapping[str, str] = {"class": "label"}
 
     def __init__(self, config: ClassConditionConfig, *, width: int) -> None:
         super().__init__(0.0 if config.shared_vocabulary else config.dropout)
