@@ -4,7 +4,7 @@
     DIR/tokenizer/                 the model that made the codes, so that they can be painted again
     DIR/train-00000.safetensors    codes (n, V, h, w) int32 and, where the data has them, label (n,),
                                    segmentation (n, V, H, W) int32, depth (n, V, 1, H, W) float32,
-                                   text and objects as JSON in the index
+                                   text and objects as JSON in the index, once a view
     DIR/validation-00000.safetensors
 
 n samples, V views of each: the same picture under other crops and flips, made at extraction.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,10 @@ class CodeIndex:
     provides: list[str]
     splits: dict[str, list[dict[str, Any]]]
     """Split -> shards, each {"file", "keys", and text or objects where the data has them}."""
+    object_names: list[str] = field(default_factory=list)
+    told_by_view: bool = False
+    """Whether each sample has a list of its views' text and objects, else those of view 0 alone: boxes are
+    those of a crop, so folders of random crops that were written without it tell wrong ones."""
 
 
 def write_codes(
@@ -94,6 +98,8 @@ def write_codes(
         num_labels=reference.num_labels,
         provides=sorted(reference.provides & {*TENSOR_KEYS, *PLAIN_KEYS}),
         splits=splits,
+        object_names=list(reference.object_names),
+        told_by_view=True,
     )
     model.save_pretrained(folder / "tokenizer")
     # Last, so that a folder with an index is whole.
@@ -135,7 +141,8 @@ def read_shards(
             )
         tensors = load_file(path)
         count = len(entry["keys"])
-        wrong = [name for name, value in tensors.items() if len(value) != count]
+        told = {name: entry[name] for name in PLAIN_KEYS if name in entry}
+        wrong = [name for name, value in {**tensors, **told}.items() if len(value) != count]
         if "codes" not in tensors or wrong:
             raise DataError(f"{path} does not hold the {count} samples that {INDEX} says; encode again")
         codes = tensors["codes"]
@@ -159,6 +166,7 @@ def _encode_rows(
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
         per_view: dict[str, list[Tensor]] = {}
+        told: dict[str, list[list[Any]]] = {}
         for view in range(views):
             # Epoch -1 is the centre crop; the random views are those of epochs 0, 1, ...
             batch = to_device(dataset.batch(chunk, [view - 1] * len(chunk)), device)
@@ -169,13 +177,15 @@ def _encode_rows(
                 if key in batch:
                     value = batch[key].cpu()
                     per_view.setdefault(key, []).append(value.int() if key == "segmentation" else value)
+            for key in PLAIN_KEYS:
+                if key in batch:
+                    told.setdefault(key, []).append(batch[key])
             if view == 0:
                 entry["keys"] += batch["key"]
-                for key in PLAIN_KEYS:
-                    if key in batch:
-                        entry.setdefault(key, []).extend(batch[key])
                 if "label" in batch:
                     columns.setdefault("label", []).append(batch["label"].cpu())
+        for key, views_of in told.items():
+            entry.setdefault(key, []).extend(map(list, zip(*views_of, strict=True)))
         for key, values in per_view.items():
             columns.setdefault(key, []).append(torch.stack(values, dim=1))
         if progress is not None:

@@ -6,6 +6,8 @@ The same training loop reads them as it reads pictures: a sample has "codes" in 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,16 @@ class CodeDataset(PictureDataset):
             for name in ("text", "objects")
             if name in shards[0][1]
         }
+        # Each sample has what its views say; earlier folders say one thing for all views.
+        if not self.index.told_by_view:
+            self.plain = {
+                name: [[value] * self.index.views for value in rows] for name, rows in self.plain.items()
+            }
         factor = self.index.downsample_factor
         self.size = (self.index.grid[0] * factor, self.index.grid[1] * factor)
         self.num_labels = self.index.num_labels
         self.class_names = self.index.class_names
+        self.object_names = self.index.object_names
         self.provides = frozenset({"codes", "key", *self.columns, *self.plain})
 
     def __len__(self) -> int:
@@ -61,12 +69,18 @@ class CodeDataset(PictureDataset):
         if "label" in sample:
             sample["label"] = int(sample["label"])
         for name, rows in self.plain.items():
-            sample[name] = rows[index]
+            sample[name] = rows[index][view]
         return sample
+
+    def texts(self) -> Iterator[str]:
+        for views in self.plain.get("text", []):
+            yield from views
 
     def fingerprint(self) -> str:
         """sha256 over the tokenizer's hash, the keys and the codes."""
         digest = hashlib.sha256(self.index.tokenizer_hash.encode())
         digest.update("\n".join(self.keys).encode())
         digest.update(self.columns["codes"].numpy().tobytes())
+        if self.index.told_by_view:
+            digest.update(json.dumps([self.plain, list(self.object_names)]).encode())
         return digest.hexdigest()

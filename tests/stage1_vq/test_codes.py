@@ -13,9 +13,11 @@ from stage1_vq import VQModel
 from stage1_vq.codes import read_index, read_shards, write_codes
 from stage2_ar.codes import CodeDataset
 from taming.data.batch import to_device
+from taming.data.boxes import mirror_objects
 from taming.data.config import ScenesDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.loader import train_batches
+from taming.data.scenes import CLASS_NAMES
 from taming.errors import DataError, UserError
 
 
@@ -56,6 +58,43 @@ def test_each_view_keeps_its_map_and_epochs_go_through_views(folder: Path) -> No
         seen.add(views[0])
         assert torch.equal(shown, codes.sample(row, epoch)["segmentation"])
     assert len(seen) > 1
+
+
+def test_each_view_keeps_its_boxes_and_its_text(folder: Path) -> None:
+    codes = CodeDataset(folder, "train")
+    assert list(codes.object_names) == list(CLASS_NAMES)
+    stored = torch.cat([tensors["segmentation"] for tensors, _ in read_shards(folder, codes.index, "train")])
+    mirrored = 0
+    for row in range(7):
+        for epoch in range(-1, 6):
+            sample = codes.sample(row, epoch)
+            views = [v for v in range(3) if torch.equal(stored[row, v], sample["segmentation"])]
+            whole = codes.sample(row, -1)
+            expected = whole["objects"]
+            if 0 not in views:
+                mirrored += 1
+                expected = mirror_objects(expected)
+            for found, wanted in zip(sample["objects"], expected, strict=True):
+                assert found["label"] == wanted["label"]
+                assert list(found["box"]) == pytest.approx(list(wanted["box"]))
+            assert sample["text"] == whole["text"]
+    assert mirrored > 3
+    assert "under" in next(codes.texts())
+
+
+def test_a_folder_of_before_tells_the_same_of_every_view(folder: Path) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    del index["told_by_view"], index["object_names"]
+    for shards in index["splits"].values():
+        for entry in shards:
+            for name in ("text", "objects"):
+                entry[name] = [views[0] for views in entry[name]]
+    expected = CodeDataset(folder, "train").sample(2, -1)
+    (folder / "index.json").write_text(json.dumps(index))
+    codes = CodeDataset(folder, "train")
+    for epoch in range(5):
+        assert codes.sample(2, epoch)["objects"] == expected["objects"]
+        assert codes.sample(2, epoch)["text"] == expected["text"]
 
 
 def test_the_loader_reads_them_like_pictures(folder: Path) -> None:
