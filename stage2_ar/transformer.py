@@ -20,6 +20,7 @@ from stage2_ar.attention import Attend, CausalAttention, KVCache, Positions, att
 from stage2_ar.conditions.base import segments_of
 from stage2_ar.order import Grid, OrderConfig, cells_in_order, inverse, restricted, to_sequence
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
+from stage2_ar.windowed_attention import WindowAttend, WindowedAttention, WindowGrid
 from taming.errors import ConfigError, UserError
 from taming.layers.position import grid_cells, rotary_2d
 from taming.layers.rms_norm import RMSNorm
@@ -80,6 +81,7 @@ class Transformer(nn.Module):
         self.vocabulary_size = vocabulary_size
         self.grid = grid
         self.prefix_length = prefix_length
+        self.window = config.attention_window if isinstance(config, LlamaConfig) else None
         table_size = vocabulary_size
         self.position_embedding: nn.Parameter | None = None
         match config:
@@ -119,9 +121,12 @@ class Transformer(nn.Module):
 
         N may be smaller than the grid; `grid` is the model's own unless another, not larger one, is given.
         `order` (h * w,) or (B, h * w) int64 holds the cells' raster indices in the order of writing; None:
-        the model's own. Raises UserError for a grid larger than the model's.
+        the model's own. Raises UserError for a grid larger than the model's; with an attention window any
+        grid will do.
         """
         grid = grid or self.grid
+        if self.window is not None:
+            return self._forward_windowed(codes, prefix, grid)
         order = self.sequence_cells(grid, codes.device) if order is None else order
         positions = self.positions(prefix, grid, order)
         prefix_length, num_codes = prefix.embeddings.shape[1], codes.shape[1]
@@ -133,6 +138,45 @@ class Transformer(nn.Module):
             x, Attend(rotation=positions.rotation_of(0, length), mask=mask), keep_from=prefix_length - 1
         )
         return self._logits(x)
+
+    def _forward_windowed(self, codes: Tensor, prefix: Prefix, grid: Grid) -> Tensor:
+        """`forward` with an attention window: whole rows of inputs, each begun anew (see WindowGrid)."""
+        assert self.window is not None
+        assert isinstance(self.config, LlamaConfig)
+        prefix_length, (num_codes, width) = prefix.embeddings.shape[1], (codes.shape[1], grid[1])
+        num_rows = -(-num_codes // width)
+        padded = functional.pad(codes, (0, num_rows * width - num_codes))
+        embeddings = self.token_embedding(rearrange(padded, "b (row k) -> b row k", k=width))
+        starts = self.row_starts(prefix)[:, None, None].expand(-1, num_rows, 1, -1)
+        rows = torch.cat((starts, embeddings), dim=2)
+        if prefix.cells is not None:
+            # The last input of a row predicts nothing.
+            rows = rows + functional.pad(prefix.cells[:, :num_rows], (0, 0, 0, 1)).to(rows.dtype)
+        before = prefix.embeddings[:, :-1].to(rows.dtype)
+        x = self.embedding_dropout(torch.cat((before, rearrange(rows, "b row k d -> b (row k) d")), dim=1))
+        attend = WindowGrid(
+            (num_rows, width), self.window, prefix_length, _mask_or_none(prefix), self.config.rotary_base,
+            x.device,
+        )  # fmt: skip
+        x = self._run(x, attend, keep_from=prefix_length - 1)
+        x = rearrange(x, "b (row k) d -> b row k d", k=width + 1)[:, :, :-1]
+        return self._logits(rearrange(x, "b row k d -> b (row k) d")[:, :num_codes])
+
+    def row_starts(self, prefix: Prefix) -> Tensor:
+        """What each row begins with where there is an attention window: the prefix's last, (B, D).
+
+        Raises UserError for a prefix whose positions lie on a grid: a cell would not see them near to it.
+        """
+        if any(not isinstance(segment, int) for segment in segments_of(prefix)):
+            raise UserError(
+                "a transformer with an attention window attends to its prefix from everywhere alike, but "
+                "this condition's prefix is a grid of cells; use condition.placement=aligned"
+            )
+        return prefix.embeddings[:, -1].to(self.token_embedding.weight.dtype)
+
+    def answer(self, x: Tensor, attend: Attend | WindowAttend) -> Tensor:
+        """Inputs (B, T, D), with all that is added to them, -> logits (B, T, V)."""
+        return self._logits(self._run(x, attend))
 
     @torch.no_grad()
     def prefill(
@@ -152,6 +196,7 @@ class Transformer(nn.Module):
         the code after those. `keep=False` makes no cache, for windows that move on at once. The last block
         answers one position only.
         """
+        assert self.window is None, "models with an attention window are sampled by sample_windowed"
         grid = grid or self.grid
         order = self.sequence_cells(grid, codes.device) if order is None else order
         cache = self.new_cache(prefix, grid, order) if keep else None
@@ -290,7 +335,9 @@ class Transformer(nn.Module):
         dropped: Tensor = self.embedding_dropout(x)
         return dropped
 
-    def _run(self, x: Tensor, attend: Attend, *, keep_from: int = 0, only_last: bool = False) -> Tensor:
+    def _run(
+        self, x: Tensor, attend: Attend | WindowAttend, *, keep_from: int = 0, only_last: bool = False
+    ) -> Tensor:
         final = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             is_final = layer == final
@@ -340,7 +387,8 @@ class Block(nn.Module):
         gpt = isinstance(config, GPTConfig)
         self.norm1: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
         self.norm2: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
-        self.attention = CausalAttention(
+        windowed = isinstance(config, LlamaConfig) and config.attention_window is not None
+        self.attention: nn.Module = (WindowedAttention if windowed else CausalAttention)(
             config.width,
             config.num_heads,
             bias=gpt,
@@ -354,11 +402,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
-        self, x: Tensor, attend: Attend, layer: int, *, keep_from: int = 0, only_last: bool = False
+        self,
+        x: Tensor,
+        attend: Attend | WindowAttend,
+        layer: int,
+        *,
+        keep_from: int = 0,
+        only_last: bool = False,
     ) -> Tensor:
         """x (B, T, D) -> (B, T - keep_from, D), or (B, 1, D) where only the last position is answered."""
         attended = self.attention(self.norm1(x), attend, layer, only_last=only_last)
-        if only_last and attend.last is not None:
+        if only_last and isinstance(attend, Attend) and attend.last is not None:
             x = x[torch.arange(x.shape[0], device=x.device), attend.last][:, None]
         elif only_last:
             x = x[:, -1:]

@@ -59,6 +59,20 @@ class LlamaConfig(_Common):
     qk_norm: bool = Field(True, description="RMSNorm of queries and keys of each head (Dehghani et al. 2023)")
     rotary_base: float = Field(10000.0, gt=1.0)
     zero_init_head: bool = False
+    attention_window: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="(rows above, columns to each side) that a cell sees, besides the prefix: pictures of "
+        "any size, each cell at one cost. None: all cells before it, on grids up to the one trained on",
+    )
+
+    @model_validator(mode="after")
+    def _windows_know_no_absolute_places(self) -> LlamaConfig:
+        if self.attention_window is not None and self.target_positions:
+            raise ValueError(
+                "attention_window is for pictures of any size, and target_positions are those of one; "
+                "leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _head_dim_has_two_axes(self) -> LlamaConfig:
