@@ -8,16 +8,20 @@ import pytest
 import torch
 
 from stage2_ar.conditions import Condition, build_condition, crop_prefix
-from stage2_ar.conditions.base import mix_prefixes, segment_length, segments_of
+from stage2_ar.conditions.base import mix_prefixes, segment_length, segments_of, take_rows
 from stage2_ar.conditions.config import (
     ClassConditionConfig,
+    CombinedConditionConfig,
+    DepthConditionConfig,
+    ImageConditionConfig,
     NoConditionConfig,
     SegmentationConditionConfig,
+    SingleCondition,
 )
 from stage2_ar.transformer import Transformer, build_transformer, next_code_loss
 from stage2_ar.transformer_config import LlamaConfig
 from taming.errors import UserError
-from taming.types import Batch
+from taming.types import Batch, Prefix
 
 GRID, FACTOR, WIDTH, BATCH = (3, 5), 4, 16, 4
 CONFIGS: dict[str, Any] = {
@@ -30,7 +34,32 @@ CONFIGS: dict[str, Any] = {
     "segmentation_prefix": SegmentationConditionConfig(
         num_labels=7, dropout=0.5, hidden_width=8, placement="prefix"
     ),
+    "depth": DepthConditionConfig(dropout=0.5, hidden_width=8),
+    "image": ImageConditionConfig(channels=4, dropout=0.5, hidden_width=8),
+    "image_prefix": ImageConditionConfig(dropout=0.5, hidden_width=8, placement="prefix", channels=4),
+    "low_resolution": ImageConditionConfig(source="low_resolution", scale=2, dropout=0.5, hidden_width=8),
+    "edges": ImageConditionConfig(source="edges", dropout=0.5, hidden_width=8),
+    "combined": CombinedConditionConfig(
+        conditions=[
+            ClassConditionConfig(num_classes=6, dropout=0.3),
+            SegmentationConditionConfig(num_labels=7, dropout=0.3, hidden_width=8),
+            DepthConditionConfig(dropout=0.3, hidden_width=8, placement="prefix"),
+        ],
+        dropout=0.3,
+    ),
 }
+PICTURES = [
+    "segmentation",
+    "segmentation_prefix",
+    "depth",
+    "image",
+    "image_prefix",
+    "low_resolution",
+    "edges",
+    "combined",
+]
+"""Those that are aligned with the picture: what a window is told is a crop of the whole."""
+DROPPED_ALONE = ["class", *(name for name in PICTURES if name != "combined")]
 
 
 def _build(name: str) -> tuple[Condition, Transformer]:
@@ -44,14 +73,37 @@ def _build(name: str) -> tuple[Condition, Transformer]:
     return condition, transformer
 
 
-def _batch(grid: tuple[int, int] = GRID) -> Batch:
+def _batch(condition: Condition, grid: tuple[int, int] = GRID) -> Batch:
+    """The condition's example, with something to tell samples apart by."""
     generator = torch.Generator().manual_seed(1)
-    shape = (BATCH, grid[0] * FACTOR, grid[1] * FACTOR)
-    return {
-        "image": torch.zeros(BATCH, 3, *shape[1:]),
-        "label": torch.randint(6, (BATCH,), generator=generator),
-        "segmentation": torch.randint(7, shape, generator=generator),
-    }
+    batch = {"image": torch.zeros(BATCH, 3, 4, 4), **condition.example(BATCH, grid)}
+    for name, value in batch.items():
+        match name:
+            case "label":
+                batch[name] = torch.randperm(6, generator=generator)[:BATCH]
+            case "segmentation":
+                batch[name] = torch.randint(7, value.shape, generator=generator)
+            case "depth" | "edges":
+                batch[name] = torch.rand(value.shape, generator=generator)
+            case "condition_image" | "low_resolution":
+                batch[name] = torch.rand(value.shape, generator=generator) * 2 - 1
+    return batch
+
+
+def _same(a: Prefix, b: Prefix) -> bool:
+    assert (a.cells is None) == (b.cells is None)
+    cells = a.cells is None or b.cells is None or torch.allclose(a.cells, b.cells, atol=1e-6)
+    return (
+        cells
+        and torch.allclose(a.embeddings, b.embeddings, atol=1e-6)
+        and torch.equal(a.mask, b.mask)
+        and segments_of(a) == segments_of(b)
+    )
+
+
+def _told_of_cells(prefix: Prefix, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w, D) of an aligned condition in either placement."""
+    return prefix.embeddings.unflatten(1, grid) if prefix.cells is None else prefix.cells
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -59,7 +111,7 @@ def test_shapes(name: str) -> None:
     condition, _ = _build(name)
     condition.eval()
     for grid in (GRID, (4, 7)):
-        prefix = condition(_batch(grid), grid)
+        prefix = condition(_batch(condition, grid), grid)
         assert prefix.embeddings.shape == (BATCH, condition.prefix_length(grid), WIDTH)
         assert prefix.mask.shape == prefix.embeddings.shape[:2]
         assert prefix.mask.dtype == torch.bool
@@ -75,11 +127,10 @@ def test_shapes(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_learns(name: str) -> None:
     condition, transformer = _build(name)
-    batch = _batch()
-    batch["label"] = torch.arange(BATCH)
+    batch = _batch(condition)
     codes = torch.randint(9, (BATCH, GRID[0] * GRID[1]))
     condition.train()
-    for _ in range(6):  # often enough that each sample was once dropped and once not
+    for _ in range(10):  # often enough that each sample was once dropped and once not
         next_code_loss(transformer(codes, condition(batch, GRID)), codes).backward()
     missing = [key for key, p in condition.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not missing
@@ -93,14 +144,79 @@ def test_state_round_trips(name: str) -> None:
     other = build_condition(CONFIGS[name], width=WIDTH, downsample_factor=FACTOR)
     other.load_state_dict(state)
     other.attach(transformer.token_embedding)
-    a, b = condition.eval()(_batch(), GRID), other.eval()(_batch(), GRID)
-    assert torch.equal(a.embeddings, b.embeddings)
+    batch = _batch(condition)
+    assert _same(condition.eval()(batch, GRID), other.eval()(batch, GRID))
 
 
-@pytest.mark.parametrize("name", ["class", "segmentation", "segmentation_prefix"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_example_is_one(name: str) -> None:
+    condition, _ = _build(name)
+    for grid in (GRID, (2, 2)):
+        example = condition.example(2, grid)
+        assert {len(value) for value in example.values()} == {2}
+        assert set(condition.keys.values()) <= example.keys()
+        assert condition(example, grid).embeddings.shape[:2] == (2, condition.prefix_length(grid))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sample_is_told_the_same_in_any_batch(name: str) -> None:
+    condition, _ = _build(name)
+    batch = _batch(condition.eval())
+    whole, part = condition(batch, GRID), condition(take_rows(batch, torch.tensor([2, 0, 2])), GRID)
+    rows = [2, 0, 2]
+    assert torch.allclose(part.embeddings, whole.embeddings[rows], atol=1e-6)
+    assert torch.equal(part.mask, whole.mask[rows])
+    if part.cells is not None and whole.cells is not None:
+        assert torch.allclose(part.cells, whole.cells[rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_window_of_all_is_the_whole(name: str) -> None:
+    condition, _ = _build(name)
+    batch = _batch(condition.eval())
+    assert _same(condition.windows(batch, GRID, GRID)(0, 0), condition(batch, GRID))
+    if condition.has_null:
+        null = condition.null_windows(BATCH, GRID, GRID, "cpu")(0, 0)
+        assert _same(null, condition.null(BATCH, GRID, "cpu"))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_windows_are_crops(name: str) -> None:
+    condition, _ = _build(name)
+    grid, size = (5, 8), (3, 4)
+    batch = _batch(condition.eval(), grid)
+    whole, null = condition(batch, grid), condition.null(BATCH, grid, "cpu")
+    windows = condition.windows(batch, grid, size)
+    null_windows = condition.null_windows(BATCH, grid, size, "cpu")
+    for top, left in ((0, 0), (2, 3), (1, 4)):
+        assert _same(windows(top, left), crop_prefix(whole, top, left, size))
+        assert _same(null_windows(top, left), crop_prefix(null, top, left, size))
+        assert windows(top, left).embeddings.shape[1] == condition.prefix_length(size)
+
+
+@pytest.mark.parametrize("name", [name for name in PICTURES if name != "combined"])
+def test_inner_cells_of_a_cropped_picture_are_told_the_same(name: str) -> None:
+    """Nothing that is said of a cell depends on where in the picture it lies."""
+    condition, _ = _build(name)
+    grid, size, (top, left) = (8, 9), (6, 6), (1, 2)
+    batch = _batch(condition.eval(), grid)
+    (key,) = condition.keys.values()
+    pixels = batch[key].shape[-1] // grid[1]
+    part = {
+        key: batch[key][
+            ..., top * pixels : (top + size[0]) * pixels, left * pixels : (left + size[1]) * pixels
+        ]
+    }
+    whole = _told_of_cells(crop_prefix(condition(batch, grid), top, left, size), size)
+    alone = _told_of_cells(condition(part, size), size)
+    assert torch.allclose(whole[:, 2:-2, 2:-2], alone[:, 2:-2, 2:-2], atol=1e-6)
+    assert not torch.allclose(whole, alone, atol=1e-6)  # at the border it knows less
+
+
+@pytest.mark.parametrize("name", DROPPED_ALONE)
 def test_dropout_replaces_whole_samples_in_training_only(name: str) -> None:
     condition, _ = _build(name)
-    batch = _batch()
+    batch = _batch(condition)
     condition.eval()
     kept, null = condition(batch, GRID), condition.null(BATCH, GRID, "cpu")
     assert torch.equal(kept.embeddings, condition(batch, GRID).embeddings)
@@ -121,33 +237,22 @@ def test_dropout_replaces_whole_samples_in_training_only(name: str) -> None:
     assert torch.equal(chosen.embeddings[3], null.embeddings[3])
 
 
-@pytest.mark.parametrize("name", ["segmentation", "segmentation_prefix"])
+@pytest.mark.parametrize("name", [name for name in PICTURES if name != "combined"])
 def test_a_cell_knows_its_surroundings_but_not_the_far_end(name: str) -> None:
     condition, _ = _build(name)
     condition.eval()
     grid = (3, 9)
-    batch = _batch(grid)
+    batch = _batch(condition, grid)
+    (key,) = condition.keys.values()
     before = condition(batch, grid)
-    batch["segmentation"] = batch["segmentation"].clone()
-    batch["segmentation"][:, -1, -1] = (batch["segmentation"][:, -1, -1] + 1) % 7
+    batch[key] = batch[key].clone()
+    corner = batch[key][..., -1, -1]
+    batch[key][..., -1, -1] = (corner + 1) % 7 if key == "segmentation" else 1 - corner.abs()
     after = condition(batch, grid)
-    if before.cells is not None and after.cells is not None:
-        changed = (before.cells != after.cells).any(-1)[0]
-    else:
-        changed = (before.embeddings != after.embeddings).any(-1)[0].view(grid)
+    changed = (_told_of_cells(before, grid) != _told_of_cells(after, grid)).any(-1)[0]
     assert changed[0, 7]
     assert changed[2, 8]
     assert not changed[:, :6].any()
-
-
-def test_a_window_of_features_is_a_crop_of_the_whole_map() -> None:
-    condition, _ = _build("segmentation")
-    whole = condition.eval()(_batch((6, 8)), (6, 8))
-    window = crop_prefix(whole, 2, 3, (3, 5))
-    assert whole.cells is not None
-    assert window.cells is not None
-    assert torch.equal(window.cells, whole.cells[:, 2:5, 3:8])
-    assert torch.equal(window.embeddings, whole.embeddings)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +270,17 @@ def test_a_window_of_features_is_a_crop_of_the_whole_map() -> None:
         ("segmentation", {"segmentation": torch.zeros(12, 19, dtype=torch.int64)}, "12x20"),
         ("segmentation", {"segmentation": torch.full((12, 20), 300)}, "label 300 is not one of the 7 labels"),
         ("segmentation", {"segmentation": torch.zeros(1, 1, 12, 20, dtype=torch.int64)}, "does not fit"),
+        ("depth", {"depth": torch.zeros(1, 12, 20, dtype=torch.uint8)}, r"uint8; give floats in \[0, 1\]"),
+        ("depth", {"depth": torch.full((1, 12, 20), 255.0)}, r"from 255 to 255; scale it to \[0, 1\]"),
+        ("depth", {"depth": torch.full((1, 12, 20), float("nan"))}, "from nan to nan"),
+        ("depth", {"depth": torch.zeros(3, 12, 20)}, r"needs \(B, 1, 12, 20\)"),
+        ("image", {"image": torch.zeros(1, 3, 12, 20)}, r"needs \(B, 4, 12, 20\)"),
+        ("image", {"image": torch.full((1, 4, 12, 20), -3.0)}, r"scale it to \[-1, 1\]"),
+        ("image", {"depth": torch.zeros(1, 12, 20)}, "no condition 'depth'; it takes 'image'"),
+        ("low_resolution", {"image": torch.zeros(1, 3, 12, 20)}, r"at scale 2 needs \(B, 3, 6, 10\)"),
+        ("edges", {"image": torch.zeros(1, 1, 12, 16)}, r"needs \(B, 1, 12, 20\)"),
+        ("combined", {"class": [1]}, "'segmentation' is missing"),
+        ("combined", {"text": ["a cat"]}, "no condition 'text'; it takes 'class', 'segmentation', 'depth'"),
     ],
 )
 def test_bad_input_is_named(name: str, conditions: dict[str, Any], message: str) -> None:
@@ -180,10 +296,12 @@ def test_user_values_get_their_batch_axis() -> None:
     assert read["segmentation"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("name", ["class", "segmentation"])
+@pytest.mark.parametrize(
+    "name", ["class", "segmentation", "depth", "image", "low_resolution", "edges", "combined"]
+)
 def test_a_batch_without_the_condition(name: str) -> None:
     with pytest.raises(UserError, match="the data has none"):
-        _build(name)[0]({"image": torch.zeros(1, 3, 12, 20)}, GRID)
+        _build(name)[0]({"codes": torch.zeros(1, *GRID, dtype=torch.int64)}, GRID)
 
 
 @pytest.mark.parametrize("name", ["class_without_null", "class_shared"])
@@ -196,18 +314,31 @@ def test_no_null_without_dropout(name: str) -> None:
 
 @pytest.mark.parametrize("factor", [2, 4, 8, 16])
 @pytest.mark.parametrize("placement", ["aligned", "prefix"])
-def test_half_precision_says_the_same(factor: int, placement: str) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        SegmentationConditionConfig(num_labels=7),
+        DepthConditionConfig(),
+        ImageConditionConfig(),
+        ImageConditionConfig(source="low_resolution", scale=2),
+        ImageConditionConfig(source="edges"),
+    ],
+    ids=lambda config: getattr(config, "source", config.kind),
+)
+def test_half_precision_says_the_same(config: SingleCondition, factor: int, placement: str) -> None:
     """What is trained under autocast is what is sampled in fp32: oneDNN once computed another patch."""
     torch.manual_seed(0)
-    config = SegmentationConditionConfig.model_validate({"num_labels": 7, "placement": placement})
+    config = config.model_copy(update={"placement": placement})
     condition = build_condition(config, width=32, downsample_factor=factor).eval()
-    batch = {"segmentation": torch.randint(7, (4, 4 * factor, 4 * factor))}
+    batch = _batch(condition, (4, 4))
     with torch.no_grad():
         exact = condition(batch, (4, 4))
         with torch.autocast("cpu", torch.bfloat16):
             half = condition(batch, (4, 4))
-    pairs = [(exact.embeddings, half.embeddings)]
-    if exact.cells is not None and half.cells is not None:
-        pairs.append((exact.cells, half.cells))
-    for a, b in pairs:
-        assert float((a - b.float()).detach().norm() / a.detach().norm()) < 0.03
+        cast = condition.bfloat16()(batch, (4, 4))
+    for other in (half, cast):
+        pairs = [(exact.embeddings, other.embeddings)]
+        if exact.cells is not None and other.cells is not None:
+            pairs.append((exact.cells, other.cells))
+        for a, b in pairs:
+            assert float((a - b.float()).detach().norm() / a.detach().norm()) < 0.03
