@@ -9,12 +9,14 @@ Axes: B sequences, P prefix positions, N codes, T input positions of a call, D w
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable, Iterable
+from typing import Any, assert_never
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from stage2_ar.attention import Attend, CausalAttention, KVCache, Positions, attention_mask
 from stage2_ar.conditions.base import segments_of
@@ -48,9 +50,14 @@ def build_transformer(
     )
 
 
-def next_code_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of codes (B, N) under logits (B, N, V), in fp32: ()."""
-    return functional.cross_entropy(rearrange(logits.float(), "b n v -> (b n) v"), codes.flatten())
+def next_code_loss(logits: Tensor, codes: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in nats of codes (B, N) under logits (B, N, V), in fp32: ().
+
+    With `smoothing` e (Szegedy et al. 2016, arXiv:1512.00567) the target is 1 - e for the code and e / V for
+    every code.
+    """
+    flat = rearrange(logits.float(), "b n v -> (b n) v")
+    return functional.cross_entropy(flat, codes.flatten(), label_smoothing=smoothing)
 
 
 def code_log_likelihood(logits: Tensor, codes: Tensor) -> Tensor:
@@ -108,6 +115,9 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(table_size, config.width)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.recompute = False
+        """Keep each block's input only for the backward pass, and compute the rest again."""
+        self._compiled: list[Callable[..., Any]] | None = None
         self.head = nn.Linear(config.width, table_size, bias=False)
         self.target_embedding: nn.Parameter | None = None
         if config.target_positions:
@@ -338,13 +348,24 @@ class Transformer(nn.Module):
     def _run(
         self, x: Tensor, attend: Attend | WindowAttend, *, keep_from: int = 0, only_last: bool = False
     ) -> Tensor:
-        final = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            is_final = layer == final
-            x = block(
-                x, attend, layer, keep_from=keep_from if is_final else 0, only_last=only_last and is_final
-            )
+        final, learns = len(self.blocks) - 1, torch.is_grad_enabled()
+        blocks: Iterable[Callable[..., Any]] = self.blocks
+        if learns and self._compiled is not None:
+            blocks = self._compiled
+        for layer, block in enumerate(blocks):
+            kept, alone = (keep_from, only_last) if layer == final else (0, False)
+            if learns and self.recompute:
+                x = checkpoint(block, x, attend, layer, use_reentrant=False, keep_from=kept, only_last=alone)
+            else:
+                x = block(x, attend, layer, keep_from=kept, only_last=alone)
         return x
+
+    def compile_blocks(self) -> None:
+        """Run the blocks through torch.compile wherever gradients are recorded; sampling stays as it is.
+
+        A copy of the module that was made before is not affected. Compiled when first called.
+        """
+        self._compiled = [torch.compile(block) for block in self.blocks]
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(x))
