@@ -22,6 +22,7 @@ from stage2_ar.order import Grid
 from stage2_ar.sampling import Known, SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.sliding_window import Schedule, sample_sliding, window_size
 from stage2_ar.transformer import Transformer, code_log_likelihood
+from stage2_ar.windowed_sampling import sample_windowed
 from taming.artifact import push_artifact
 from taming.errors import ArtifactError, UserError
 from taming.types import Batch
@@ -91,6 +92,7 @@ class ARPipeline:
         `num_images` pictures are made of each condition (without a condition: in all). Larger sizes than
         trained on are written with a sliding window; `window_stride` > 1 moves it in steps, faster and not
         quite the published procedure. `schedule` "wavefront" works on several rows at once.
+        A model with an attention window writes every size in one way, and knows no stride.
         `known` = (codes, mask), each (1 or N, h, w): cells whose mask is True are given and stay.
         A picture depends on (seed, its number) alone, not on `batch_size`, which bounds memory.
         `progress` is called with (cells done, cells in all).
@@ -170,6 +172,18 @@ class ARPipeline:
         condition, window, count = self.model.condition, self.model.config.grid, len(uniforms)
         guide = settings.guidance_scale != 1 and condition.has_null
         transformer = self._for_sampling(2 * count if guide else count)
+        if transformer.window is not None:
+            if stride != 1:
+                raise UserError(
+                    f"window stride {stride} is of sliding windows; this model sees through its own attention "
+                    "window and slides none: leave the stride out"
+                )
+            prefix = condition(batch, grid)
+            null = condition.null(count, grid, self.device) if guide else None
+            return sample_windowed(
+                transformer, prefix, null, grid, uniforms, settings, known=known, schedule=schedule,
+                progress=progress,
+            )  # fmt: skip
         if grid[0] <= window[0] and grid[1] <= window[1]:
             prefix = condition(batch, grid)
             null = condition.null(count, grid, self.device) if guide else None

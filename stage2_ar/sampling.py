@@ -154,6 +154,13 @@ def sample_codes(
     `cached=False` runs the whole sequence again for each cell: a check, not a way to work.
     Raises UserError for settings out of range and for a grid larger than the transformer's.
     """
+    if transformer.window is not None and cached:
+        # Here, for that module builds upon this one.
+        from stage2_ar.windowed_sampling import sample_windowed
+
+        return sample_windowed(
+            transformer, prefix, null_prefix, grid, uniforms, settings, known=known, progress=progress
+        )
     settings.validate(transformer.vocabulary_size)
     guide = needs_guidance(settings, null_prefix)
     if guide and null_prefix is not None:
