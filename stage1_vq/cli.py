@@ -103,6 +103,12 @@ def encode(
     views: Annotated[
         int, typer.Option(min=1, help="Crops and flips of each picture; the first is centred.")
     ] = 1,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Pictures to store beside the codes, for conditions made of them: image,condition_image."
+        ),
+    ] = "",
     override: DataOverride = None,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -123,6 +129,7 @@ def encode(
             datasets,
             out,
             views=views,
+            keep=[name.strip() for name in keep.split(",") if name.strip()],
             batch_size=batch_size,
             device=pick_device(device),
             progress=lambda done: report(done, total),

@@ -4,7 +4,9 @@
     DIR/tokenizer/                 the model that made the codes, so that they can be painted again
     DIR/train-00000.safetensors    codes (n, V, h, w) int32 and, where the data has them, label (n,),
                                    segmentation (n, V, H, W) int32, depth (n, V, 1, H, W) float32,
-                                   text and objects as JSON in the index, once a view
+                                   crop (n, V, 4) float32, and, where they are kept, image and
+                                   condition_image (n, V, C, H, W) uint8; text and objects as JSON in the
+                                   index, once a view
     DIR/validation-00000.safetensors
 
 n samples, V views of each: the same picture under other crops and flips, made at extraction.
@@ -13,7 +15,7 @@ n samples, V views of each: the same picture under other crops and flips, made a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +28,15 @@ from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
+from taming.data.picture import to_uint8
 from taming.errors import DataError, UserError
 
 FORMAT = "taming-codes/1"
 INDEX = "index.json"
 Split = Literal["train", "validation"]
-TENSOR_KEYS = ("label", "segmentation", "depth")
+TENSOR_KEYS = ("label", "segmentation", "depth", "crop")
+KEPT_KEYS = ("image", "condition_image")
+"""Pictures, stored beside the codes only where they are asked for: conditions are made of them."""
 PLAIN_KEYS = ("text", "objects")
 
 
@@ -62,6 +67,7 @@ def write_codes(
     folder: Path,
     *,
     views: int = 1,
+    keep: Collection[str] = (),
     batch_size: int = 16,
     shard_size: int = 4096,
     device: torch.device | str = "cpu",
@@ -69,8 +75,12 @@ def write_codes(
 ) -> CodeIndex:
     """Encode data sets into `folder`; view 0 is the centre crop, further views are random crops and flips.
 
-    `progress` is called with the number of pictures just done. Raises UserError where `folder` is in use.
+    `keep` names pictures ("image", "condition_image") that are stored too, for conditions that are made of
+    them: low resolution, edges, second pictures. `progress` is called with the number of pictures just
+    done. Raises UserError where `folder` is in use, or the data has not what shall be kept.
     """
+    for dataset in datasets.values():
+        _check_kept(keep, dataset)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; give --out another folder or empty this one")
     for dataset in datasets.values():
@@ -82,7 +92,7 @@ def write_codes(
         splits[split] = []
         for number, start in enumerate(range(0, len(dataset), shard_size)):
             rows = range(start, min(start + shard_size, len(dataset)))
-            tensors, entry = _encode_rows(model, dataset, rows, views, batch_size, device, progress)
+            tensors, entry = _encode_rows(model, dataset, rows, views, keep, batch_size, device, progress)
             entry["file"] = f"{split}-{number:05d}.safetensors"
             save_file(tensors, folder / entry["file"])
             splits[split].append(entry)
@@ -96,7 +106,7 @@ def write_codes(
         views=views,
         class_names=list(reference.class_names),
         num_labels=reference.num_labels,
-        provides=sorted(reference.provides & {*TENSOR_KEYS, *PLAIN_KEYS}),
+        provides=sorted(reference.provides & {*TENSOR_KEYS, *PLAIN_KEYS, *keep}),
         splits=splits,
         object_names=list(reference.object_names),
         told_by_view=True,
@@ -151,12 +161,26 @@ def read_shards(
         yield tensors, entry
 
 
+def _check_kept(keep: Collection[str], dataset: PictureDataset) -> None:
+    for name in keep:
+        if name not in KEPT_KEYS:
+            raise UserError(
+                f"{name!r} cannot be kept beside codes; pictures that can are {', '.join(KEPT_KEYS)}"
+            )
+        if name not in dataset.provides:
+            raise UserError(
+                f"{name} shall be kept, but the data gives {', '.join(sorted(dataset.provides))}; set "
+                f"data.{name} to the folder of it, or leave it out"
+            )
+
+
 @torch.no_grad()
 def _encode_rows(
     model: VQModel,
     dataset: PictureDataset,
     rows: range,
     views: int,
+    keep: Collection[str],
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[int], None] | None,
@@ -173,10 +197,12 @@ def _encode_rows(
             per_view.setdefault("codes", []).append(
                 model.encode(model_input(batch, model.config)).int().cpu()
             )
-            for key in ("segmentation", "depth"):
+            for key in ("segmentation", "depth", "crop"):
                 if key in batch:
                     value = batch[key].cpu()
                     per_view.setdefault(key, []).append(value.int() if key == "segmentation" else value)
+            for key in keep:
+                per_view.setdefault(key, []).append(to_uint8(batch[key]).cpu())
             for key in PLAIN_KEYS:
                 if key in batch:
                     told.setdefault(key, []).append(batch[key])

@@ -21,6 +21,10 @@ label            (B,) int64, the class of the whole picture
 segmentation     (B, H, W) int64, one label a pixel
 depth            (B, 1, H, W) float in [0, 1], 1 is nearest (inverse depth)
 condition_image  (B, C, H, W) as image: any second picture
+low_resolution   (B, C, h', w') as image: the picture in fewer pixels
+edges            (B, 1, H, W) float in [0, 1], 1 on an edge
+crop             (B, 4) float in [0, 1]: (x0, y0, x1, y1) of the sample's frame in its whole picture, which is
+                 mirrored where the sample is; given by data that crops
 objects          list of B lists of dicts {"label": int, "box": (x0, y0, x1, y1) in [0, 1]}
 text             list of B strings
 key              list of B strings that name the samples

@@ -152,3 +152,27 @@ def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
 def test_what_is_no_folder_of_codes_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="taming vq encode"):
         CodeDataset(tmp_path, "train")
+
+
+def test_pictures_are_kept_where_asked_for(tokenizer: VQModel, tmp_path: Path) -> None:
+    config = ScenesDataConfig(size=16, crop_from=24, num_train=5, num_validation=2, flip=True)
+    splits = {split: open_dataset(config, split) for split in ("train", "validation")}
+    write_codes(tokenizer, splits, tmp_path / "codes", views=2, keep=["image"], batch_size=2)
+    codes = CodeDataset(tmp_path / "codes", "train")
+    assert {"image", "crop", "codes"} <= codes.provides
+    assert {"image", "crop"} <= set(read_index(tmp_path / "codes").provides)
+    assert codes.columns["image"].dtype == torch.uint8
+    for row in range(5):
+        for view, epoch in ((0, -1), (1, 0)):
+            whole = splits["train"].sample(row, epoch)
+            for name in ("image", "crop", "segmentation"):
+                assert torch.equal(codes.columns[name][row, view].to(whole[name].dtype), whole[name]), name
+    batch = to_device(codes.batch([0, 1], [-1, -1]), "cpu")
+    assert batch["image"].dtype == torch.float32
+    assert torch.equal(tokenizer.encode(batch["image"]), batch["codes"])
+
+    with pytest.raises(UserError, match=r"condition_image shall be kept, but the data gives crop, depth"):
+        write_codes(tokenizer, splits, tmp_path / "other", keep=["condition_image"])
+    with pytest.raises(UserError, match="'edges' cannot be kept beside codes"):
+        write_codes(tokenizer, splits, tmp_path / "other", keep=["edges"])
+    assert not (tmp_path / "other").exists()
