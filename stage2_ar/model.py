@@ -7,11 +7,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from stage2_ar.conditions import build_condition
+from stage2_ar.conditions.base import Condition
 from stage2_ar.config import ARModelConfig
 from stage2_ar.order import Grid, to_raster, to_sequence
 from stage2_ar.transformer import build_transformer
+from stage2_ar.transformer_config import LlamaConfig
 from taming.artifact import load_artifact, load_state, save_artifact
 from taming.config import build_config
+from taming.errors import ConfigError
 from taming.types import Batch
 
 ARTIFACT_KIND = "ar_transformer"
@@ -26,6 +29,7 @@ class ARModel(nn.Module):
         self.condition = build_condition(
             config.condition, width=config.transformer.width, downsample_factor=config.downsample_factor
         )
+        _check_window(config, self.condition)
         self.transformer = build_transformer(
             config.transformer,
             vocabulary_size=config.vocabulary_size,
@@ -62,3 +66,21 @@ class ARModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
         save_artifact(folder, ARTIFACT_KIND, self.config, self.state_dict())
+
+
+def _check_window(config: ARModelConfig, condition: Condition) -> None:
+    """Raises ConfigError for what does not go with an attention window."""
+    transformer = config.transformer
+    if not isinstance(transformer, LlamaConfig) or transformer.attention_window is None:
+        return
+    if config.order.kind != "raster":
+        raise ConfigError(
+            f"transformer.attention_window goes along rows, and order.kind is {config.order.kind!r}; use "
+            "raster, or leave the window out"
+        )
+    height, width = config.grid
+    if condition.prefix_length((height, width)) != condition.prefix_length((2 * height, 2 * width)):
+        raise ConfigError(
+            f"transformer.attention_window: every cell sees the whole prefix, and that of the condition "
+            f"{config.condition.kind!r} grows with the picture; set its placement to aligned"
+        )

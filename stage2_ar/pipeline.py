@@ -175,8 +175,8 @@ class ARPipeline:
         if transformer.window is not None:
             if stride != 1:
                 raise UserError(
-                    f"window stride {stride} is of sliding windows; this model sees through its own attention "
-                    "window and slides none: leave the stride out"
+                    f"window stride {stride} is of sliding windows; this model sees through its own "
+                    "attention window and slides none: leave the stride out"
                 )
             prefix = condition(batch, grid)
             null = condition.null(count, grid, self.device) if guide else None
