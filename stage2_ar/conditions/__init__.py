@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import assert_never
 
 from stage2_ar.conditions.base import Condition, crop_prefix
+from stage2_ar.conditions.codes import CodesCondition
 from stage2_ar.conditions.combined import CombinedCondition
 from stage2_ar.conditions.config import (
     ClassConditionConfig,
+    CodesConditionConfig,
     CombinedConditionConfig,
     ConditionConfig,
+    CoordinatesConditionConfig,
     DepthConditionConfig,
     ImageConditionConfig,
     NoConditionConfig,
     SegmentationConditionConfig,
     SingleCondition,
 )
+from stage2_ar.conditions.coordinates import build_coordinates_condition
 from stage2_ar.conditions.depth import DepthCondition
 from stage2_ar.conditions.image import build_image_condition
 from stage2_ar.conditions.label import ClassCondition
@@ -44,6 +48,10 @@ def build_condition(
             return DepthCondition(config, width=width, downsample_factor=downsample_factor)
         case ImageConditionConfig():
             return build_image_condition(config, width=width, downsample_factor=downsample_factor)
+        case CodesConditionConfig():
+            return CodesCondition(config, width=width, downsample_factor=downsample_factor)
+        case CoordinatesConditionConfig():
+            return build_coordinates_condition(config, width=width, downsample_factor=downsample_factor)
         case CombinedConditionConfig():
             parts = [
                 build_condition(part, width=width, downsample_factor=downsample_factor)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stage1_vq.config import InputKind
 from taming.config import Config
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -89,12 +90,74 @@ class ImageConditionConfig(PictureConditionConfig):
         return self
 
 
+class ConditionTokenizerConfig(Config):
+    """What a condition keeps of its own tokenizer; filled in when a training begins, and by imports."""
+
+    input: InputKind
+    channels: int = Field(ge=1, description="of its input; of segmentation the number of labels")
+    codebook_size: int = Field(ge=1)
+    downsample_factor: int = Field(ge=1)
+    tokenizer_hash: str
+    """`VQModel.codes_hash`: no other tokenizer is accepted."""
+
+
+class CodesConditionConfig(Config):
+    """The codes of a second tokenizer: of label maps, depth, edges or second pictures, as it was trained."""
+
+    kind: Literal["codes"] = "codes"
+    tokenizer: str | None = Field(
+        None, description="of the condition: a saved tokenizer (folder, run or hub id); needed for training"
+    )
+    facts: ConditionTokenizerConfig | None = Field(None, description="follows from the tokenizer")
+    placement: Literal["aligned", "prefix"] = Field(
+        "aligned",
+        description="added to the input that predicts each cell, or h * w positions before the codes",
+    )
+    scale: int | None = Field(
+        None,
+        ge=2,
+        description="the second picture is the first one, so many times smaller a side: super-resolution by "
+        "a tokenizer of pictures, which sees it enlarged again",
+    )
+    resize: int | None = Field(
+        None, ge=1, description="published downsample_cond_size: each map is brought to so many pixels a side"
+    )
+    dropout: Probability = Field(0.1, description="share of samples that train without it, for guidance")
+    shared_vocabulary: bool = Field(
+        False, description="published models: a code is that entry of the transformer's table"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CodesConditionConfig:
+        if self.shared_vocabulary and self.placement != "prefix":
+            raise ValueError("shared_vocabulary has the codes as positions: set placement: prefix")
+        if self.resize is not None and (self.placement != "prefix" or self.scale is not None):
+            raise ValueError("resize has cells of its own: set placement: prefix, and leave scale out")
+        return self
+
+
+class CoordinatesConditionConfig(Config):
+    """Where each cell lies in the whole picture; filled in by the data and by the pipeline."""
+
+    kind: Literal["coordinates"] = "coordinates"
+    frequencies: int = Field(6, ge=1, description="sines and cosines of up to 2^(frequencies - 1) half turns")
+    hidden_width: int = Field(64, ge=1)
+    dropout: Probability = Field(0.1, description="share of samples that train without it, for guidance")
+    levels: int | None = Field(
+        None,
+        ge=1,
+        description="published models: h * w positions round(levels * c), entries of the transformer's table",
+    )
+
+
 SingleCondition = (
     NoConditionConfig
     | ClassConditionConfig
     | SegmentationConditionConfig
     | DepthConditionConfig
     | ImageConditionConfig
+    | CodesConditionConfig
+    | CoordinatesConditionConfig
 )
 """All but the combination of several."""
 

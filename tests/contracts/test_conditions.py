@@ -11,7 +11,10 @@ from stage2_ar.conditions import Condition, build_condition, crop_prefix
 from stage2_ar.conditions.base import mix_prefixes, segment_length, segments_of, take_rows
 from stage2_ar.conditions.config import (
     ClassConditionConfig,
+    CodesConditionConfig,
     CombinedConditionConfig,
+    ConditionTokenizerConfig,
+    CoordinatesConditionConfig,
     DepthConditionConfig,
     ImageConditionConfig,
     NoConditionConfig,
@@ -24,6 +27,9 @@ from taming.errors import UserError
 from taming.types import Batch, Prefix
 
 GRID, FACTOR, WIDTH, BATCH = (3, 5), 4, 16, 4
+MAP_CODES = ConditionTokenizerConfig(
+    input="segmentation", channels=7, codebook_size=5, downsample_factor=FACTOR, tokenizer_hash="0"
+)
 CONFIGS: dict[str, Any] = {
     "none": NoConditionConfig(),
     "none_shared": NoConditionConfig(start_token=2),
@@ -39,6 +45,12 @@ CONFIGS: dict[str, Any] = {
     "image_prefix": ImageConditionConfig(dropout=0.5, hidden_width=8, placement="prefix", channels=4),
     "low_resolution": ImageConditionConfig(source="low_resolution", scale=2, dropout=0.5, hidden_width=8),
     "edges": ImageConditionConfig(source="edges", dropout=0.5, hidden_width=8),
+    "codes": CodesConditionConfig(facts=MAP_CODES, dropout=0.5),
+    "codes_prefix": CodesConditionConfig(facts=MAP_CODES, dropout=0.5, placement="prefix"),
+    "codes_shared": CodesConditionConfig(facts=MAP_CODES, shared_vocabulary=True, placement="prefix"),
+    "codes_resized": CodesConditionConfig(facts=MAP_CODES, dropout=0.5, resize=8, placement="prefix"),
+    "coordinates": CoordinatesConditionConfig(dropout=0.5, hidden_width=8),
+    "coordinate_tokens": CoordinatesConditionConfig(levels=8),
     "combined": CombinedConditionConfig(
         conditions=[
             ClassConditionConfig(num_classes=6, dropout=0.3),
@@ -59,7 +71,8 @@ PICTURES = [
     "combined",
 ]
 """Those that are aligned with the picture: what a window is told is a crop of the whole."""
-DROPPED_ALONE = ["class", *(name for name in PICTURES if name != "combined")]
+WINDOWED = [*PICTURES, "codes", "codes_prefix", "coordinates"]
+DROPPED_ALONE = ["class", *(name for name in WINDOWED if name != "combined")]
 
 
 def _build(name: str) -> tuple[Condition, Transformer]:
@@ -87,6 +100,10 @@ def _batch(condition: Condition, grid: tuple[int, int] = GRID) -> Batch:
                 batch[name] = torch.rand(value.shape, generator=generator)
             case "condition_image" | "low_resolution":
                 batch[name] = torch.rand(value.shape, generator=generator) * 2 - 1
+            case "segmentation_codes":
+                batch[name] = torch.randint(5, value.shape, generator=generator)
+            case "crop":
+                batch[name] = torch.rand(value.shape, generator=generator) * 0.4 + value * 0.5
     return batch
 
 
@@ -180,7 +197,7 @@ def test_the_window_of_all_is_the_whole(name: str) -> None:
         assert _same(null, condition.null(BATCH, GRID, "cpu"))
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", WINDOWED)
 def test_windows_are_crops(name: str) -> None:
     condition, _ = _build(name)
     grid, size = (5, 8), (3, 4)
@@ -279,6 +296,10 @@ def test_a_cell_knows_its_surroundings_but_not_the_far_end(name: str) -> None:
         ("image", {"depth": torch.zeros(1, 12, 20)}, "no condition 'depth'; it takes 'image'"),
         ("low_resolution", {"image": torch.zeros(1, 3, 12, 20)}, r"at scale 2 needs \(B, 3, 6, 10\)"),
         ("edges", {"image": torch.zeros(1, 1, 12, 16)}, r"needs \(B, 1, 12, 20\)"),
+        ("codes", {"segmentation": torch.zeros(12, 19, dtype=torch.int64)}, "12x20"),
+        ("codes", {"segmentation": torch.full((12, 20), 7)}, "label 7 is not one of the 7 labels"),
+        ("codes", {"segmentation": torch.zeros(12, 20, dtype=torch.int64)}, "tokenizer .* is not there"),
+        ("coordinates", {"crop": [[0, 0, 1, 1]]}, "no condition 'crop'; it takes none"),
         ("combined", {"class": [1]}, "'segmentation' is missing"),
         ("combined", {"text": ["a cat"]}, "no condition 'text'; it takes 'class', 'segmentation', 'depth'"),
     ],
@@ -297,14 +318,14 @@ def test_user_values_get_their_batch_axis() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["class", "segmentation", "depth", "image", "low_resolution", "edges", "combined"]
+    "name", ["class", "segmentation", "depth", "image", "low_resolution", "edges", "combined", "codes"]
 )
 def test_a_batch_without_the_condition(name: str) -> None:
     with pytest.raises(UserError, match="the data has none"):
         _build(name)[0]({"codes": torch.zeros(1, *GRID, dtype=torch.int64)}, GRID)
 
 
-@pytest.mark.parametrize("name", ["class_without_null", "class_shared"])
+@pytest.mark.parametrize("name", ["class_without_null", "class_shared", "codes_shared", "coordinate_tokens"])
 def test_no_null_without_dropout(name: str) -> None:
     condition, _ = _build(name)
     assert not condition.has_null
@@ -322,13 +343,15 @@ def test_no_null_without_dropout(name: str) -> None:
         ImageConditionConfig(),
         ImageConditionConfig(source="low_resolution", scale=2),
         ImageConditionConfig(source="edges"),
+        CoordinatesConditionConfig(),
     ],
     ids=lambda config: getattr(config, "source", config.kind),
 )
 def test_half_precision_says_the_same(config: SingleCondition, factor: int, placement: str) -> None:
     """What is trained under autocast is what is sampled in fp32: oneDNN once computed another patch."""
     torch.manual_seed(0)
-    config = config.model_copy(update={"placement": placement})
+    if hasattr(config, "placement"):
+        config = config.model_copy(update={"placement": placement})
     condition = build_condition(config, width=32, downsample_factor=factor).eval()
     batch = _batch(condition, (4, 4))
     with torch.no_grad():
