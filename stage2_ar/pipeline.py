@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stage1_vq import VQModel
 from stage2_ar.conditions.base import take_rows
+from stage2_ar.conditions.tokenizers import attach_tokenizers, parts_with_tokenizer
 from stage2_ar.inference import for_inference
 from stage2_ar.model import ARModel
 from stage2_ar.order import Grid
@@ -52,6 +53,12 @@ class ARPipeline:
                 f"is {tokenizer.codes_hash()[:12]}: its codes mean something else; use the one it was "
                 "saved with, or train the transformer on this one's codes"
             )
+        for name, part in parts_with_tokenizer(model.condition).items():
+            if not part.has_tokenizer:
+                raise ArtifactError(
+                    f"the tokenizer of the condition {part.name!r} is missing; give it to the model with "
+                    f"attach_tokenizer, or load a saved pipeline that holds {name}/"
+                )
         self.model, self.tokenizer = model.eval(), tokenizer.eval()
         self._prepared: tuple[int, Transformer] | None = None
 
@@ -63,6 +70,8 @@ class ARPipeline:
         """Move everything to a device; `dtype` (torch.bfloat16, say) is for the transformer alone."""
         self.model.to(device=device, dtype=dtype)
         self.tokenizer.to(device=device)
+        for part in parts_with_tokenizer(self.model.condition).values():
+            part.tokenizer.to(device=device)
         self._prepared = None
         return self
 
@@ -140,17 +149,21 @@ class ARPipeline:
     def from_pretrained(cls, source: str | Path) -> ARPipeline:
         """Load a saved pipeline, the model of a run, or a hub id "owner/name"; on the CPU.
 
-        Raises ArtifactError where parts are missing, or the tokenizer is not the one it was trained on.
+        Raises ArtifactError where parts are missing, or a tokenizer is not the one it was trained on.
         """
-        return cls(
-            ARModel.from_pretrained(source, subfolder="transformer"),
-            VQModel.from_pretrained(source, subfolder="tokenizer"),
-        )
+        model = ARModel.from_pretrained(source, subfolder="transformer")
+        attach_tokenizers(model.condition, lambda name: VQModel.from_pretrained(source, subfolder=name))
+        return cls(model, VQModel.from_pretrained(source, subfolder="tokenizer"))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write transformer/ and tokenizer/, each with config.json and model.safetensors."""
+        """Write transformer/, tokenizer/ and condition_tokenizer/ where the condition has one of its own.
+
+        Each is a folder with config.json and model.safetensors.
+        """
         self.model.save_pretrained(Path(folder) / "transformer")
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        for name, part in parts_with_tokenizer(self.model.condition).items():
+            part.tokenizer.save_pretrained(Path(folder) / name)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload to the hub as "owner/name"; returns the commit's address."""
