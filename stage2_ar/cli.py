@@ -37,7 +37,8 @@ def train(
     from taming.training.launch import train_or_describe
 
     values = load_config(ARTrainConfig, config, override or [], group="stage2")
-    from stage2_ar.train import describe, train
+    from stage2_ar.describe import describe
+    from stage2_ar.train import train
 
     train_or_describe(train, describe, values, values.training, config, resume=resume, dry_run=dry_run)
 

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage1_vq import VQModel
 from stage1_vq.codes import CodeIndex, Split, read_index, read_shards
+from stage1_vq.inputs import model_input
 from taming.data.dataset import PictureDataset
 from taming.data.transforms import uniforms
 from taming.errors import DataError
+from taming.types import Batch
 
 
 class CodeDataset(PictureDataset):
@@ -84,3 +87,11 @@ class CodeDataset(PictureDataset):
         if self.index.told_by_view:
             digest.update(json.dumps([self.plain, list(self.object_names)]).encode())
         return digest.hexdigest()
+
+
+def codes_of(tokenizer: VQModel, batch: Batch) -> Tensor:
+    """(B, h, w) int64 of a batch on the tokenizer's device: stored ones, or its pictures'."""
+    if "codes" in batch:
+        codes: Tensor = batch["codes"]
+        return codes
+    return tokenizer.encode(model_input(batch, tokenizer.config))

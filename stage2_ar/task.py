@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from stage1_vq import VQModel
-from stage1_vq.inputs import as_picture, model_input, restored
+from stage1_vq.inputs import as_picture, restored
+from stage2_ar.best_model import BestModel
+from stage2_ar.codes import codes_of
 from stage2_ar.config import ARModelConfig, ARTrainConfig
+from stage2_ar.fine_tuning import hold_transformer, start_from
+from stage2_ar.memorisation import FixedSample, MemorisationWatch
 from stage2_ar.model import ARModel
+from stage2_ar.optimizers import transformer_optimizers
 from stage2_ar.pipeline import ARPipeline
+from stage2_ar.random_order import random_share, sample_orders
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
-from stage2_ar.transformer import code_log_likelihood, next_code_loss, weight_decay_groups
+from stage2_ar.transformer import code_log_likelihood, next_code_loss
 from taming.collective import mean_over_processes, sum_over_processes
+from taming.data.batch import to_device
 from taming.data.label_colours import paint_labels
+from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
 from taming.errors import UserError
 from taming.training.ema import Ema
@@ -44,72 +53,131 @@ def model_config(config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int
         order=config.order,
         downsample_factor=factor,
         tokenizer_hash=tokenizer.codes_hash(),
+        any_order=config.random_order is not None and config.random_order.final_share > 0,
     )
 
 
 class ARTask:
-    """Trains an ARModel on codes, or on pictures that are encoded on the way."""
+    """Trains an ARModel on codes, or on pictures that are encoded on the way.
+
+    `probe` are training pictures whose bits are measured beside those of held-out ones.
+    """
 
     guard = None
     """Nothing here can ruin a run."""
 
-    def __init__(self, config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: ARTrainConfig,
+        tokenizer: VQModel,
+        size: tuple[int, int],
+        *,
+        probe: FixedSample | None = None,
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.model = ARModel(model_config(config, tokenizer, size))
+        self._notes: list[str] = []
+        self._start_note: str | None = None
+        if config.init_from is not None:
+            anew = start_from(self.model, config.init_from)
+            self._start_note = f"started from {config.init_from}; new: {', '.join(anew) or 'nothing'}"
+        if config.train_only == "condition":
+            hold_transformer(self.model)
         decay = config.training.ema_decay
         self.ema = Ema(self.model, decay) if decay is not None else None
+        self.best = BestModel(self.model) if config.keep == "best" else None
+        self.probe = probe
+        self.watch: MemorisationWatch | None = None
+        if probe is not None and config.memorisation is not None:
+            self.watch = MemorisationWatch(config.memorisation)
+        self._step = 0
 
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
-        """Move to the device, wrap for several processes, build the optimiser."""
+        """Move to the device, wrap for several processes, build the optimisers."""
         self.accelerator, self.total_steps = accelerator, total_steps
         for module in (self.tokenizer, self.model, self.ema):
             if module is not None:
                 module.to(accelerator.device)
+        # After the averaged copy was made: that one is only evaluated and sampled from.
+        self.model.transformer.recompute = self.config.recompute
+        if self.config.compile:
+            self.model.transformer.compile_blocks()
         # A shell, since accelerate changes the forward of what it is given: the model stays as it is.
-        self._loss: nn.Module = accelerator.prepare_model(_Loss(self.model))
-        optimizer = self.config.optimizer
-        self._optimizer = AdamW(
-            weight_decay_groups(self.model, optimizer.weight_decay),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            fused=True,
-        )
+        shell = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
+        self._loss: nn.Module = accelerator.prepare_model(shell)
+        self._optimizers = transformer_optimizers(self.model, self.config.optimizer)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
-        """One update; returns the loss in nats and bits a code, equal on all processes.
+        """One update; returns the loss in nats (with smoothing) and bits a code, equal on all processes.
 
         Raises UserError, before anything moves, where the loss is not finite.
         """
+        if step == 0 and self._start_note is not None:
+            self._notes.append(self._start_note)
         self.model.train()
-        set_learning_rate(self._optimizer, learning_rate(self.config.optimizer, step, self.total_steps))
-        self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.accelerator.device)
+        if self.config.train_only == "condition":
+            self.model.transformer.eval()
+        rate = learning_rate(self.config.optimizer, step, self.total_steps)
+        for optimizer in self._optimizers.values():
+            set_learning_rate(optimizer, rate)
+            optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, device=self.accelerator.device)
         for number, batch in enumerate(micro_batches):
             codes = self._codes(batch)
+            order = self._random_orders(codes, batch, step)
             last = number == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self._loss):
                 with self.accelerator.autocast():
-                    loss = self._loss(codes, batch) / len(micro_batches)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        total = mean_over_processes(total)
-        if not torch.isfinite(total):
+                    values = self._loss(codes, batch, order) / len(micro_batches)
+                self.accelerator.backward(values[0])
+            sums += values.detach()
+        sums = mean_over_processes(sums)
+        if not torch.isfinite(sums).all():
             raise UserError(
                 f"training diverged at step {step}: the loss is not finite; lower optimizer.learning_rate, "
                 "set training.clip_norm, or use training.precision=fp32, and resume"
             )
         if self.config.training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.clip_norm)
-        self._optimizer.step()
+        for optimizer in self._optimizers.values():
+            optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
-        return {"loss": total, "bits_per_code": total / torch.log(torch.tensor(2.0))}
+        self._step = step + 1
+        return {"loss": sums[0], "bits_per_code": sums[1] / math.log(2)}
+
+    def _random_orders(self, codes: Tensor, batch: Batch, step: int) -> Tensor | None:
+        """Orders (B, h * w) of the samples where some are random in this step."""
+        if self.config.random_order is None:
+            return None
+        share = random_share(self.config.random_order, step, self.total_steps)
+        own = self.model.transformer.sequence_cells((codes.shape[1], codes.shape[2]), codes.device)
+        return sample_orders(own, share, self.config.training.seed, step, batch["key"])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """loss (nats a code), bits_per_code and accuracy of the most probable code, over all pictures."""
+        """loss (nats a code), bits_per_code and accuracy of the most probable code, over all pictures.
+
+        With a probe also train_bits_per_code; where the best weights are kept, best_bits_per_code and their
+        best_step. In the model's own order.
+        """
         model = self._evaluated()
+        loss, accuracy = self._measure(model, batches)
+        figures = {"loss": loss, "bits_per_code": loss / math.log(2), "accuracy": accuracy}
+        if self.watch is not None and self.probe is not None:
+            figures["train_bits_per_code"] = self._measure(model, self._probe_batches())[0] / math.log(2)
+            warning = self.watch.observe(figures["train_bits_per_code"], figures["bits_per_code"])
+            if warning is not None:
+                self._notes.append(warning)
+        if self.best is not None:
+            self.best.offer(model, loss, self._step)
+            figures["best_bits_per_code"] = self.best.loss / math.log(2)
+            figures["best_step"] = self.best.step
+        return figures
+
+    def _measure(self, model: ARModel, batches: Iterable[Batch]) -> tuple[float, float]:
+        """(nats a code, accuracy) over this and all other processes' batches."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in batches:
             codes = self._codes(batch)
@@ -124,8 +192,19 @@ class ARTask:
             raise UserError(
                 "there are no validation pictures to evaluate on; give more data or a validation split"
             )
-        loss = nats / count
-        return {"loss": loss, "bits_per_code": loss / 0.6931471805599453, "accuracy": right / count}
+        return nats / count, right / count
+
+    def _probe_batches(self) -> Iterator[Batch]:
+        assert self.probe is not None
+        training = self.config.training
+        batches = evaluation_batches(
+            self.probe,
+            batch_size=max(training.batch_size // training.accumulation, 1),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            workers=training.workers,
+        )
+        return (to_device(batch, self.accelerator.device) for batch in batches)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:
@@ -143,28 +222,30 @@ class ARTask:
         return tile(torch.cat(rows), columns=len(codes))
 
     def notes(self) -> list[str]:
-        """Nothing that the figures do not tell."""
-        return []
+        """What the user should be told, since the last call."""
+        taken, self._notes = self._notes, []
+        return taken
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything that has state, unwrapped, by name."""
-        named = {"model": self.model, "ema": self.ema}
+        named: dict[str, nn.Module | None] = {"model": self.model, "ema": self.ema}
+        named |= {"best": self.best, "memorisation": self.watch}
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """The optimiser."""
-        return {"model": self._optimizer}
+        """The optimisers by name."""
+        return self._optimizers
 
     def save_model(self, folder: Path) -> None:
-        """Write the pipeline: the averaged transformer where one is averaged, and its tokenizer."""
-        ARPipeline(self._evaluated(), self.tokenizer).save_pretrained(folder)
+        """Write the pipeline: the transformer as it is evaluated, or was at its best, and its tokenizer."""
+        model = self._evaluated()
+        if self.best is not None and self.best.step:
+            model = self.best.model
+        ARPipeline(model, self.tokenizer).save_pretrained(folder)
 
     def _codes(self, batch: Batch) -> Tensor:
         """(B, h, w): stored ones, or the pictures' own. Always encoded in fp32, as the pipeline does."""
-        if "codes" in batch:
-            codes: Tensor = batch["codes"]
-            return codes
-        return self.tokenizer.encode(model_input(batch, self.tokenizer.config))
+        return codes_of(self.tokenizer, batch)
 
     def _evaluated(self) -> ARModel:
         model = self.model if self.ema is None else self.ema.module
@@ -175,9 +256,24 @@ class ARTask:
 class _Loss(nn.Module):
     """The model with its loss, as the wrapper for several processes sees it."""
 
-    def __init__(self, model: ARModel) -> None:
+    def __init__(self, model: ARModel, pkeep: float, smoothing: float) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.pkeep, self.smoothing = model, pkeep, smoothing
 
-    def forward(self, codes: Tensor, batch: Batch) -> Tensor:
-        return next_code_loss(self.model(codes, batch), codes.flatten(1))
+    def forward(self, codes: Tensor, batch: Batch, order: Tensor | None = None) -> Tensor:
+        """(2,): what is minimised, and the cross-entropy alone; nats a code."""
+        logits = self.model(disturbed(codes, self.pkeep, self.model.config.vocabulary_size), batch, order)
+        flat = codes.flatten(1)
+        loss = next_code_loss(logits, flat, smoothing=self.smoothing)
+        with torch.no_grad():
+            plain = next_code_loss(logits, flat) if self.smoothing else loss
+        return torch.stack((loss, plain))
+
+
+def disturbed(codes: Tensor, pkeep: float, vocabulary_size: int) -> Tensor:
+    """Codes of which each is kept with the probability `pkeep`, else drawn from all; they stay as they are
+    at 1. Draws from torch's generator, which checkpoints hold."""
+    if pkeep == 1:
+        return codes
+    kept = torch.rand(codes.shape, device=codes.device) < pkeep
+    return torch.where(kept, codes, torch.randint_like(codes, vocabulary_size))

@@ -12,14 +12,15 @@ from stage1_vq.inputs import check_input
 from stage2_ar.codes import CodeDataset
 from stage2_ar.conditions import build_condition
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
-from stage2_ar.model import ARModel
+from stage2_ar.fine_tuning import check_start
+from stage2_ar.memorisation import FixedSample
 from stage2_ar.task import ARTask, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.compiler import check_compiler
 from taming.training.loop import RunResult, run_training
-from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
 
 def train(
@@ -37,8 +38,9 @@ def train(
     train_data, validation_data = splits or _open_splits(config)
     check(config, tokenizer, train_data)
     config = fit_to_time(config, tokenizer, train_data, steps_of_run(run) if resume != "never" else None)
+    probe = memorisation_probe(config, train_data, validation_data)
     return run_training(
-        lambda: ARTask(config, tokenizer, train_data.size),
+        lambda: ARTask(config, tokenizer, train_data.size, probe=probe),
         config,
         config.training,
         train_data,
@@ -58,6 +60,16 @@ def fit_to_time(
         seconds = seconds_per_step(ARTask(config, tokenizer, data.size), config.training, data)
         steps = steps_within(FOR_STEPS * 60 * config.training.minutes, seconds, config.training.steps)
     return config.shortened(steps)
+
+
+def memorisation_probe(
+    config: ARTrainConfig, train_data: PictureDataset, validation_data: PictureDataset
+) -> FixedSample | None:
+    """As many training pictures as held-out ones are evaluated; None where the config wants none."""
+    if config.memorisation is None:
+        return None
+    count = min(len(validation_data), config.training.evaluation_pictures or len(validation_data))
+    return FixedSample(train_data, count, config.training.seed)
 
 
 def load_tokenizer(config: ARTrainConfig) -> VQModel:
@@ -89,8 +101,9 @@ def _open_splits(config: ARTrainConfig) -> tuple[PictureDataset, PictureDataset]
 
 
 def check(config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset) -> None:
-    """Whether the data has what the condition needs. Raises UserError."""
+    """Whether the data has what the condition needs, and the rest can work here. Raises UserError."""
     values = model_config(config, tokenizer, data.size)
+    check_options(config, values)
     with torch.device("meta"):
         condition = build_condition(
             values.condition, width=values.transformer.width, downsample_factor=values.downsample_factor
@@ -98,40 +111,9 @@ def check(config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset) -> No
     condition.check_data(data)
 
 
-def describe(config: ARTrainConfig) -> dict[str, str]:
-    """What a config amounts to: sizes, parameters, memory. Opens the tokenizer, not the pictures."""
-    tokenizer = load_tokenizer(config)
-    if isinstance(config.data, CodesDataConfig):
-        size = CodeDataset(config.data.root, "train").size
-    else:
-        size = config.data.height_width
-    values, training = model_config(config, tokenizer, size), config.training
-    height, width = values.grid
-    with torch.device("meta"):
-        model = ARModel(values)
-    prefix = model.condition.prefix_length(values.grid)
-    state = state_bytes(model, ema=training.ema_decay is not None)
-    # Layers are alike: one and two of them, for one picture, tell what all keep.
-    one, two = (_saved_by(values, layers) for layers in (1, 2))
-    micro_batch = max(training.batch_size // training.accumulation, 1)
-    activations = micro_batch * (one + (values.transformer.num_layers - 1) * (two - one))
-    return {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "picture": f"{size[0]}x{size[1]}",
-        "latent grid": f"{height}x{width} (f{values.downsample_factor})",
-        "sequence length": f"{prefix + height * width - 1}: {prefix} of the condition, {height * width} "
-        f"codes of {values.vocabulary_size}",
-        "batch": f"{training.batch_size} pictures a step in {training.accumulation} micro-batch(es)",
-        "memory in fp32": f"about {format_bytes(state + activations)}: {format_bytes(state)} weights and "
-        f"optimiser, {format_bytes(activations)} activations; about half of the latter in bf16",
-    }
-
-
-def _saved_by(values: ARModelConfig, layers: int) -> int:
-    """Bytes that a model of so many layers keeps for the backward pass of one picture."""
-    transformer = values.transformer.model_copy(update={"num_layers": layers})
-    model = ARModel(values.model_copy(update={"transformer": transformer}))
-    batch = model.condition.example(1, values.grid)
-    return saved_bytes(
-        lambda: model(torch.zeros(1, *values.grid, dtype=torch.int64), batch), parameter_storages(model)
-    )
+def check_options(config: ARTrainConfig, values: ARModelConfig) -> None:
+    """Whether a start and a compiler that the config wants are there. Raises UserError."""
+    if config.init_from is not None:
+        check_start(values, config.init_from)
+    if config.compile:
+        check_compiler()

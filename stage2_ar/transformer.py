@@ -471,7 +471,7 @@ class SwiGLUMLP(nn.Module):
         return out
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: weights of linear and convolution layers decay; all others (embeddings,
     positions, norms, biases) do not, as published."""
     decayed = {

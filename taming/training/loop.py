@@ -49,6 +49,8 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.evaluation_pictures",
+    "recompute",
+    "compile",
 )
 
 
@@ -169,6 +171,8 @@ class _Loop:
                 with tracker.pause():
                     figures = self.task.evaluate(self._validation())
                     tracker.log(step, pictures, figures, kind="validation")
+                for text in self.task.notes():
+                    self._tell(tracker, step, pictures, text)
             if step % training.checkpoint_every == 0 or last or stop:
                 with tracker.pause():
                     folder = self._save(step, pictures)

@@ -35,7 +35,7 @@ class Task(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What the user should be told since the last call; asked after each step."""
+        """What the user should be told since the last call; asked after each step and evaluation."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

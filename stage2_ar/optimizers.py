@@ -1,0 +1,35 @@
+"""Which optimiser moves which weight of stage two."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from stage2_ar.config import AROptimizerConfig
+from stage2_ar.model import ARModel
+from stage2_ar.transformer import weight_decay_groups
+from taming.training.muon import ConvMuon
+
+
+def transformer_optimizers(model: ARModel, config: AROptimizerConfig) -> dict[str, Optimizer]:
+    """By name, for the weights that are to be trained: AdamW and, where the config says so, Muon."""
+    hidden = hidden_matrices(model) if config.method == "muon" else []
+    taken = {id(weight) for weight in hidden}
+    groups = [
+        {**group, "params": [weight for weight in group["params"] if id(weight) not in taken]}
+        for group in weight_decay_groups(model, config.weight_decay)
+    ]
+    optimizers: dict[str, Optimizer] = {
+        "model": AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    }
+    if hidden:
+        optimizers["model_hidden"] = ConvMuon(
+            hidden, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+    return optimizers
+
+
+def hidden_matrices(model: ARModel) -> list[nn.Parameter]:
+    """The matrices between embedding and head that are to be trained: those that Muon is for."""
+    weights = model.transformer.blocks.parameters()
+    return [weight for weight in weights if weight.ndim == 2 and weight.requires_grad]
