@@ -113,6 +113,8 @@ class ARPipeline:
         if num_images < 1:
             raise UserError(f"num_images {num_images} is not at least 1")
         batch = self.model.condition.read(conditions or {}, self.device)
+        if batch:
+            self.model.condition.check(batch, grid)  # all of them before any is painted
         rows = len(next(iter(batch.values()))) if batch else 1
         total = rows * num_images
         known = self._check_known(known, total, grid)

@@ -19,8 +19,15 @@ def sample(
     segmentation: Annotated[
         list[Path] | None, typer.Option(help="Label map (PNG) to paint after; may be repeated.")
     ] = None,
+    depth: Annotated[
+        list[Path] | None, typer.Option(help="Map of inverse depth (grey PNG, white is nearest); as above.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Second picture, low resolution or edges, as the model was trained; as above."),
+    ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Pixels: 256, or HxW; default: as trained, or the map's.")
+        str | None, typer.Option(help="Pixels: 256, or HxW; default: as trained, or the files'.")
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Pictures of each condition.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
@@ -56,8 +63,10 @@ def sample(
     if schedule not in ("serial", "wavefront"):
         raise UserError(f"--schedule {schedule!r}: choose serial or wavefront")
     pipe = ARPipeline.from_pretrained(model).to(pick_device(device), torch.bfloat16 if bf16 else None)
-    files = ConditionFiles(classes=classes or [], segmentation=segmentation or [])
-    given = read_conditions(files, pipe.model.config, None if size is None else parse_size(size))
+    files = ConditionFiles(
+        classes=classes or [], segmentation=segmentation or [], depth=depth or [], image=image or []
+    )
+    given = read_conditions(files, pipe.model, None if size is None else parse_size(size))
     height, width = given.size or (None, None)
     settings = {
         "temperature": temperature,
@@ -88,14 +97,14 @@ def sample(
             batch_size=batch_size,
             progress=report,
         )
-    for number, image in enumerate(result.images):
-        save_png(image, out / f"{number:04d}.png")
+    for number, painted in enumerate(result.images):
+        save_png(painted, out / f"{number:04d}.png")
         facts = {
             "model": model,
             "conditions": given.of_row(number // num),
             "picture": number,
-            "height": image.shape[1],
-            "width": image.shape[2],
+            "height": painted.shape[1],
+            "width": painted.shape[2],
             "precision": "bf16" if bf16 else "fp32",
             **settings,
         }

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from stage2_ar.config import ARModelConfig
-from stage2_ar.maps import read_maps
+from stage2_ar.given import read_given
+from stage2_ar.model import ARModel
 from taming.errors import UserError
 
 
@@ -19,6 +19,8 @@ class ConditionFiles:
 
     classes: list[int] = field(default_factory=list)
     segmentation: list[Path] = field(default_factory=list)
+    depth: list[Path] = field(default_factory=list)
+    image: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -42,9 +44,7 @@ class GivenConditions:
         return {name: entries[row % len(entries)] for name, entries in self.said.items()}
 
 
-def read_conditions(
-    files: ConditionFiles, model: ARModelConfig, size: tuple[int, int] | None
-) -> GivenConditions:
+def read_conditions(files: ConditionFiles, model: ARModel, size: tuple[int, int] | None) -> GivenConditions:
     """Read what was given, at `size` pixels where it is not None.
 
     Raises UserError for files that cannot be read, and for options of unequal counts (each counts the
@@ -54,11 +54,11 @@ def read_conditions(
     if files.classes:
         given.values["class"] = torch.tensor(files.classes)
         given.said["class"] = list(files.classes)
-    if files.segmentation:
-        maps = read_maps(files.segmentation, given.size, model.downsample_factor)
-        given.values["segmentation"] = maps
-        given.said["segmentation"] = [str(path) for path in files.segmentation]
-        given.size = (maps.shape[1], maps.shape[2])
+    pictures = {"segmentation": files.segmentation, "depth": files.depth, "image": files.image}
+    pictures = {name: paths for name, paths in pictures.items() if paths}
+    read, given.size = read_given(model.condition, pictures, given.size, model.config.downsample_factor)
+    given.values |= read
+    given.said |= {name: [str(path) for path in paths] for name, paths in pictures.items()}
     _repeat_single(given)
     return given
 

@@ -9,8 +9,9 @@ Axes: B samples, P prefix positions, h w cells, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,18 @@ class Condition(nn.Module, ABC):
         whole = self.null(batch_size, grid, device)
         return lambda top, left: crop_prefix(whole, top, left, size)
 
+    def save_parts(self, folder: Path) -> None:
+        """Write into a pipeline's folder what the condition needs besides its weights; nothing by default.
+
+        Raises ArtifactError where it cannot be written.
+        """
+
+    def load_parts(self, source: str | Path) -> None:
+        """Take them from a saved pipeline, a folder or hub id. Raises ArtifactError where they are missing."""
+
+    def cache_in(self, run: Path) -> None:
+        """Keep in a run's folder what would be computed anew each time; nothing by default."""
+
     def attach(self, token_embedding: nn.Embedding) -> None:
         """Give the transformer's table to the condition; only one that shares it makes use of it."""
         self._attached = [token_embedding]
@@ -120,14 +133,18 @@ class Condition(nn.Module, ABC):
 
         Raises UserError for a condition that this model does not know, or that it needs and is missing.
         """
-        for name in conditions:
-            if name not in self.keys:
-                known = ", ".join(repr(key) for key in self.keys) or "none: give {}"
-                raise UserError(f"this model has no condition {name!r}; it takes {known}")
+        self.refuse_unknown(conditions)
         for name in self.keys:
             if name not in conditions:
                 raise UserError(f'condition {name!r} is missing; give it as {{"{name}": ...}}')
         return {key: self.read_value(name, conditions[name], device) for name, key in self.keys.items()}
+
+    def refuse_unknown(self, names: Iterable[str]) -> None:
+        """Raises UserError for a user's name of a condition that this one does not know."""
+        for name in names:
+            if name not in self.keys:
+                known = ", ".join(repr(key) for key in self.keys) or "none: give {}"
+                raise UserError(f"this model has no condition {name!r}; it takes {known}")
 
     def read_value(self, name: str, value: Any, device: torch.device | str) -> Any:
         """One user's value with its batch axis and type, on `device`. Raises UserError."""

@@ -6,6 +6,7 @@ Their prefixes stand one after another, and what they say of each cell is summed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,63 +47,73 @@ class CombinedCondition(Condition):
         self.parts = nn.ModuleList(parts)
 
     @property
-    def _parts(self) -> list[Condition]:
+    def members(self) -> list[Condition]:
+        """The parts, in the order of their prefixes."""
         return [part for part in self.parts if isinstance(part, Condition)]
 
     def prefix_length(self, grid: Grid) -> int:
-        return sum(part.prefix_length(grid) for part in self._parts)
+        return sum(part.prefix_length(grid) for part in self.members)
 
     def null(self, batch_size: int, grid: Grid, device: torch.device | str) -> Prefix:
         if not self.has_null:
             raise UserError(
                 "this combined condition was trained without dropout: it has no null to guide away from"
             )
-        return join_prefixes([part.null(batch_size, grid, device) for part in self._parts])
+        return join_prefixes([part.null(batch_size, grid, device) for part in self.members])
 
     def derive(self, batch: Batch) -> Batch:
-        for part in self._parts:
+        for part in self.members:
             batch = part.derive(batch)
         return batch
 
     def check(self, batch: Batch, grid: Grid) -> None:
-        for part in self._parts:
+        for part in self.members:
             part.check(batch, grid)
 
     def check_data(self, data: PictureDataset) -> None:
-        for part in self._parts:
+        for part in self.members:
             part.check_data(data)
 
     def example(self, batch_size: int, grid: Grid) -> Batch:
         batch: Batch = {}
-        for part in self._parts:
+        for part in self.members:
             batch |= part.example(batch_size, grid)
         return batch
 
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
-        return join_prefixes([part.drop(part.embed(batch, grid), grid) for part in self._parts])
+        return join_prefixes([part.drop(part.embed(batch, grid), grid) for part in self.members])
 
     def windows(self, batch: Batch, grid: Grid, size: Grid) -> WindowPrefix:
-        parts = [part.windows(batch, grid, size) for part in self._parts]
+        parts = [part.windows(batch, grid, size) for part in self.members]
         return lambda top, left: join_prefixes([at(top, left) for at in parts])
 
     def null_windows(
         self, batch_size: int, grid: Grid, size: Grid, device: torch.device | str
     ) -> WindowPrefix:
-        parts = [part.null_windows(batch_size, grid, size, device) for part in self._parts]
+        parts = [part.null_windows(batch_size, grid, size, device) for part in self.members]
         return lambda top, left: join_prefixes([at(top, left) for at in parts])
+
+    def save_parts(self, folder: Path) -> None:
+        for part in self.members:
+            part.save_parts(folder)
+
+    def load_parts(self, source: str | Path) -> None:
+        for part in self.members:
+            part.load_parts(source)
+
+    def cache_in(self, run: Path) -> None:
+        for part in self.members:
+            part.cache_in(run)
 
     def attach(self, token_embedding: nn.Embedding) -> None:
         super().attach(token_embedding)
-        for part in self._parts:
+        for part in self.members:
             part.attach(token_embedding)
 
     def read(self, conditions: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:
-        for name in conditions:
-            if name not in self.keys:
-                known = ", ".join(map(repr, self.keys))
-                raise UserError(f"this model has no condition {name!r}; it takes {known}")
+        self.refuse_unknown(conditions)
         batch: Batch = {}
-        for part in self._parts:
+        for part in self.members:
             own = {name: value for name, value in conditions.items() if name in part.keys}
             batch |= part.read(own, device)
         counts = {name: len(batch[key]) for name, key in self.keys.items()}
