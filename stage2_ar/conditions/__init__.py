@@ -24,7 +24,11 @@ from stage2_ar.conditions.depth import DepthCondition
 from stage2_ar.conditions.image import build_image_condition
 from stage2_ar.conditions.label import ClassCondition
 from stage2_ar.conditions.none import NoCondition
+from stage2_ar.conditions.object_tokens import build_objects_condition
+from stage2_ar.conditions.objects_config import ObjectsConditionConfig
 from stage2_ar.conditions.segmentation import SegmentationCondition
+from stage2_ar.conditions.text_config import TextConditionConfig
+from stage2_ar.conditions.words import build_text_condition
 
 __all__ = ["Condition", "ConditionConfig", "build_condition", "crop_prefix"]
 
@@ -52,6 +56,10 @@ def build_condition(
             return CodesCondition(config, width=width, downsample_factor=downsample_factor)
         case CoordinatesConditionConfig():
             return build_coordinates_condition(config, width=width, downsample_factor=downsample_factor)
+        case ObjectsConditionConfig():
+            return build_objects_condition(config, width=width)
+        case TextConditionConfig():
+            return build_text_condition(config, width=width)
         case CombinedConditionConfig():
             parts = [
                 build_condition(part, width=width, downsample_factor=downsample_factor)

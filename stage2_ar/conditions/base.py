@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,18 +104,6 @@ class Condition(nn.Module, ABC):
         """As `windows`, of the prefix that says nothing."""
         whole = self.null(batch_size, grid, device)
         return lambda top, left: crop_prefix(whole, top, left, size)
-
-    def save_parts(self, folder: Path) -> None:
-        """Write into a pipeline's folder what the condition needs besides its weights; nothing by default.
-
-        Raises ArtifactError where it cannot be written.
-        """
-
-    def load_parts(self, source: str | Path) -> None:
-        """Take them from a saved pipeline, a folder or hub id. Raises ArtifactError where they are missing."""
-
-    def cache_in(self, run: Path) -> None:
-        """Keep in a run's folder what would be computed anew each time; nothing by default."""
 
     def attach(self, token_embedding: nn.Embedding) -> None:
         """Give the transformer's table to the condition; only one that shares it makes use of it."""

@@ -6,7 +6,6 @@ Their prefixes stand one after another, and what they say of each cell is summed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,18 +91,6 @@ class CombinedCondition(Condition):
     ) -> WindowPrefix:
         parts = [part.null_windows(batch_size, grid, size, device) for part in self.members]
         return lambda top, left: join_prefixes([at(top, left) for at in parts])
-
-    def save_parts(self, folder: Path) -> None:
-        for part in self.members:
-            part.save_parts(folder)
-
-    def load_parts(self, source: str | Path) -> None:
-        for part in self.members:
-            part.load_parts(source)
-
-    def cache_in(self, run: Path) -> None:
-        for part in self.members:
-            part.cache_in(run)
 
     def attach(self, token_embedding: nn.Embedding) -> None:
         super().attach(token_embedding)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stage1_vq.config import InputKind
+from stage2_ar.conditions.objects_config import ObjectsConditionConfig
+from stage2_ar.conditions.text_config import TextConditionConfig
 from taming.config import Config
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -158,6 +160,8 @@ SingleCondition = (
     | ImageConditionConfig
     | CodesConditionConfig
     | CoordinatesConditionConfig
+    | ObjectsConditionConfig
+    | TextConditionConfig
 )
 """All but the combination of several."""
 
