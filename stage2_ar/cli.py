@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from stage2_ar.interop.cli import import_pipeline
 from stage2_ar.sample_cli import sample
 from taming.options import (
     BatchSize,
@@ -60,23 +61,54 @@ app.command()(sample)
 def evaluate(
     model: Model,
     data: Data,
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json, and memorisation.png.")] = None,
     split: Split = "all",
+    memorisation: Annotated[
+        bool,
+        typer.Option(
+            "--memorisation",
+            help="Compare training with held-out pictures, and samples with the nearest training pictures.",
+        ),
+    ] = False,
+    num: Annotated[int, typer.Option(min=1, help="Samples that --memorisation looks at.")] = 32,
+    limit: Annotated[int, typer.Option(min=1, help="Training pictures that it searches at most.")] = 4096,
     override: DataOverride = None,
     batch_size: BatchSize = 16,
     device: Device = None,
 ) -> None:
-    """Measure how probable pictures are to the transformer: nats and bits a code, bits a pixel."""
+    """Measure how probable pictures are to the transformer: nats and bits a code, bits a pixel.
+
+    DATA may be a folder of codes. With --memorisation: has it learned its training pictures by heart?
+    """
     from stage2_ar import ARPipeline
-    from stage2_ar.evaluate import evaluate_pipeline
-    from taming.data.source import data_from, open_split
+    from stage2_ar.evaluate import evaluate_pipeline, open_data
+    from stage2_ar.memorisation import measure_memorisation
+    from taming.data.picture import save_png
     from taming.training.distributed import pick_device
 
+    if memorisation and split != "all":
+        raise UserError(f"--memorisation compares both splits; leave --split {split} out")
     pipe = ARPipeline.from_pretrained(model).to(pick_device(device))
-    config = pipe.model.config
-    trained = config.grid[0] * config.downsample_factor, config.grid[1] * config.downsample_factor
-    dataset = open_split(data_from(data, size=trained, overrides=override or []), split)
-    with progress_bar("eval") as report:
-        figures = evaluate_pipeline(pipe, dataset, batch_size=batch_size, progress=report)
-    facts = {**figures, "split": split, "size": list(dataset.size), "tokenizer_hash": config.tokenizer_hash}
+    facts: dict[str, Any] = {"split": split, "tokenizer_hash": pipe.model.config.tokenizer_hash}
+    if memorisation:
+        train_data, held_out = (open_data(pipe, data, s, overrides=override or []) for s in SPLITS)
+        with progress_bar("eval") as report:
+            result = measure_memorisation(
+                pipe, train_data, held_out, samples=num, limit=limit, batch_size=batch_size, progress=report
+            )
+        facts = {**result.figures, **facts, "size": list(held_out.size)}
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save_png(result.sheet, out / "memorisation.png")
+    else:
+        dataset = open_data(pipe, data, split, overrides=override or [])
+        with progress_bar("eval") as report:
+            figures = evaluate_pipeline(pipe, dataset, batch_size=batch_size, progress=report)
+        facts = {**figures, **facts, "size": list(dataset.size)}
     show_figures(f"{model} on {data}", facts, out)
+    if memorisation:
+        typer.echo(result.verdict)
+
+
+# Registered here, so that help lists it last.
+app.command("import")(import_pipeline)

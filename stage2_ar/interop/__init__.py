@@ -1,0 +1,1 @@
+"""Transformers of other programs as pipelines of this one."""
