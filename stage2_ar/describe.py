@@ -10,14 +10,15 @@ from stage2_ar.fine_tuning import hold_transformer
 from stage2_ar.model import ARModel
 from stage2_ar.optimizers import hidden_matrices
 from stage2_ar.task import model_config
-from stage2_ar.train import check_options, load_tokenizer
+from stage2_ar.train import check_options, filled_in, load_tokenizer
 from stage2_ar.transformer import next_code_loss
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
 
 
 def describe(config: ARTrainConfig) -> dict[str, str]:
-    """What a config amounts to: sizes, parameters, memory. Opens the tokenizer, not the pictures."""
+    """What a config amounts to: sizes, parameters, memory. Pictures are opened for their words alone."""
     tokenizer = load_tokenizer(config)
+    config = filled_in(config)
     if isinstance(config.data, CodesDataConfig):
         size = CodeDataset(config.data.root, "train").size
     else:

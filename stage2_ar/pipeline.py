@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stage1_vq import VQModel
 from stage2_ar.conditions.base import take_rows
+from stage2_ar.conditions.text import text_encoders
 from stage2_ar.conditions.tokenizers import attach_tokenizers, parts_with_tokenizer
 from stage2_ar.inference import for_inference
 from stage2_ar.model import ARModel
@@ -155,10 +156,13 @@ class ARPipeline:
         """
         model = ARModel.from_pretrained(source, subfolder="transformer")
         attach_tokenizers(model.condition, lambda name: VQModel.from_pretrained(source, subfolder=name))
+        for encoder in text_encoders(model.condition):
+            encoder.move_to_copy(source)
         return cls(model, VQModel.from_pretrained(source, subfolder="tokenizer"))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write transformer/, tokenizer/ and condition_tokenizer/ where the condition has one of its own.
+        """Write transformer/, tokenizer/ and condition_tokenizer/ where the condition has one of its own,
+        and text_encoder/, a copy of the frozen encoder of captions.
 
         Each is a folder with config.json and model.safetensors.
         """
@@ -166,6 +170,8 @@ class ARPipeline:
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         for name, part in parts_with_tokenizer(self.model.condition).items():
             part.tokenizer.save_pretrained(Path(folder) / name)
+        for encoder in text_encoders(self.model.condition):
+            encoder.save(Path(folder) / "text_encoder")
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload to the hub as "owner/name"; returns the commit's address."""

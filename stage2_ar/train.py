@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from stage1_vq.codes import read_index
 from stage1_vq.inputs import check_input
 from stage2_ar.codes import CodeDataset
 from stage2_ar.conditions import build_condition
+from stage2_ar.conditions.from_data import fill_in
+from stage2_ar.conditions.text import keep_features_in
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
 from stage2_ar.fine_tuning import check_start
 from stage2_ar.memorisation import FixedSample
@@ -36,11 +39,18 @@ def train(
     """
     tokenizer = load_tokenizer(config)
     train_data, validation_data = splits or _open_splits(config)
+    config = filled_in(config, lambda: train_data)
     check(config, tokenizer, train_data)
     config = fit_to_time(config, tokenizer, train_data, steps_of_run(run) if resume != "never" else None)
     probe = memorisation_probe(config, train_data, validation_data)
+
+    def build_task() -> ARTask:
+        task = ARTask(config, tokenizer, train_data.size, probe=probe)
+        keep_features_in(task.model.condition, run)
+        return task
+
     return run_training(
-        lambda: ARTask(config, tokenizer, train_data.size, probe=probe),
+        build_task,
         config,
         config.training,
         train_data,
@@ -48,6 +58,15 @@ def train(
         run=run,
         resume=resume,
     )
+
+
+def filled_in(config: ARTrainConfig, data: Callable[[], PictureDataset] | None = None) -> ARTrainConfig:
+    """`config` with what its condition takes from the training data: names, a vocabulary, an encoder's facts.
+
+    `data` is only called where it is asked for; by default the pictures are opened then.
+    """
+    opened = data or (lambda: _open_splits(config)[0])
+    return config.model_copy(update={"condition": fill_in(config.condition, opened)})
 
 
 def fit_to_time(
