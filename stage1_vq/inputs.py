@@ -72,11 +72,16 @@ def restored(painted: Tensor, config: VQModelConfig) -> Tensor:
 def as_picture(values: Tensor, config: VQModelConfig) -> Tensor:
     """Something to look at of an input or an output (B, C, H, W): (B, 1 or 3, H, W) in [-1, 1].
 
-    Labels get a colour each, RGBA is laid over white; of other counts of channels the first one is shown,
-    or the first three.
+    Labels get a colour each; of the others see `visible_channels`.
     """
-    if config.input == "segmentation":
-        return paint_labels(values.argmax(1))
+    return paint_labels(values.argmax(1)) if config.input == "segmentation" else visible_channels(values)
+
+
+def visible_channels(values: Tensor) -> Tensor:
+    """Pictures of any number of channels (B, C, H, W) as (B, 1 or 3, H, W).
+
+    RGBA is laid over white; of other counts of channels the first one is shown, or the first three.
+    """
     if values.shape[1] == 4:
         return (values[:, :3] + 1) * (values[:, 3:] + 1) / 2 - values[:, 3:]
     return values[:, :3] if values.shape[1] >= 3 else values[:, :1]

@@ -24,10 +24,10 @@ from stage2_ar.optimizers import transformer_optimizers
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.random_order import random_share, sample_orders
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.shown import condition_rows
 from stage2_ar.transformer import code_log_likelihood, next_code_loss
 from taming.collective import mean_over_processes, sum_over_processes
 from taming.data.batch import to_device
-from taming.data.label_colours import paint_labels
 from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
 from taming.errors import UserError
@@ -208,7 +208,7 @@ class ARTask:
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:
-        """Rows of label maps (where there are any), pictures as the tokenizer paints them, and samples."""
+        """A row of each condition that is a picture, pictures as the tokenizer paints them, and samples."""
         model, codes = self._evaluated(), self._codes(batch)
         grid = (codes.shape[1], codes.shape[2])
         prefix = model.condition({**batch, "codes": codes}, grid)
@@ -216,10 +216,9 @@ class ARTask:
         sampled = sample_codes(model.transformer, prefix, None, grid, uniforms, SamplingSettings())
         config = self.tokenizer.config
         painted = [restored(self.tokenizer.decode(part), config) for part in (codes, sampled)]
-        rows = [as_picture(part, config).cpu() for part in painted]
-        if "segmentation" in batch and rows[0].shape[1] == 3:
-            rows.insert(0, paint_labels(batch["segmentation"].cpu()))
-        return tile(torch.cat(rows), columns=len(codes))
+        rows = [as_picture(part, config).cpu().expand(-1, 3, -1, -1) for part in painted]
+        asked = condition_rows(model.condition, batch, (rows[0].shape[2], rows[0].shape[3]))
+        return tile(torch.cat([*asked, *rows]), columns=len(codes))
 
     def notes(self) -> list[str]:
         """What the user should be told, since the last call."""
