@@ -19,6 +19,7 @@ from taming.options import (
     Override,
     Resume,
     Split,
+    Tile,
     empty_folder,
     parse_size,
     progress_bar,
@@ -62,6 +63,7 @@ def reconstruct(
     data: Data,
     out: Annotated[Path, typer.Option(help="A new or empty folder for the PNG files.")],
     size: Annotated[str | None, typer.Option(help="Pixels: 64, or HxW; default: each picture's own.")] = None,
+    tile: Tile = None,
     override: DataOverride = None,
     device: Device = None,
 ) -> None:
@@ -83,7 +85,7 @@ def reconstruct(
     done = 0
     with progress_bar("reconstruct") as report:
         for done, (total, key, values) in enumerate(inputs, 1):
-            _, painted = reconstruct(tokenizer, values[None].to(place))
+            _, painted = reconstruct(tokenizer, values[None].to(place), tile=tile)
             pair = [as_picture(x, tokenizer.config)[0].cpu() for x in (values[None], painted)]
             save_restored(painted[0], tokenizer.config, out, key)
             if len(shown) < 16 and (not shown or shown[0].shape == pair[0].shape):

@@ -16,6 +16,7 @@ from stage1_vq.config import VQModelConfig
 from stage1_vq.figures import Distance, ReconstructionFigures
 from stage1_vq.inputs import model_input, restored
 from stage1_vq.model import VQModel
+from stage1_vq.tiling import decode, encode
 from taming.data.batch import to_device
 from taming.data.config import FolderDataConfig, ScenesDataConfig
 from taming.data.dataset import PictureDataset
@@ -135,7 +136,10 @@ def _each(distance: PerceptualDistance, found: Tensor, wanted: Tensor) -> Tensor
     return torch.stack([distance(a[None], b[None]) for a, b in zip(found, wanted, strict=True)])
 
 
-def reconstruct(model: VQModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs (B, C, H, W) -> (codes (B, h, w), what they decode to, clamped to [-1, 1] or logits)."""
-    codes = model.encode(inputs)
-    return codes, restored(model.decode(codes), model.config)
+def reconstruct(model: VQModel, inputs: Tensor, *, tile: int | None = None) -> tuple[Tensor, Tensor]:
+    """Inputs (B, C, H, W) -> (codes (B, h, w), what they decode to, clamped to [-1, 1] or logits).
+
+    In tiles where pictures are large; `tile` as in stage1_vq.tiling.decode.
+    """
+    codes = encode(model, inputs, tile=tile)
+    return codes, restored(decode(model, codes, tile=tile), model.config)

@@ -99,7 +99,7 @@ class VQModel(nn.Module):
         """
         if self.config.input == "segmentation" and images.ndim == 3 and images.dtype == torch.int64:
             images = one_hot(images, self.config.in_channels)
-        self._check_images(images)
+        self.check_images(images)
         indices: Tensor = self.quantize.encode(self.latents(images))
         return indices
 
@@ -109,10 +109,13 @@ class VQModel(nn.Module):
 
         A tokenizer of segmentation gives logits (B, L, h f, w f): their argmax over L is the map.
         """
-        self._check_indices(indices)
-        z = self.post_quant_conv(self.quantize.lookup(indices))
-        images: Tensor = self.decoder(self._layout(z)).images
+        self.check_indices(indices)
+        images: Tensor = self.decoder(self.decoder_input(indices)).images
         return images.float()
+
+    def decoder_input(self, indices: Tensor) -> Tensor:
+        """Codes (B, h, w) that were checked -> (B, z_channels, h, w)."""
+        return self._layout(self.post_quant_conv(self.quantize.lookup(indices)))
 
     def content_hash(self) -> str:
         """sha256 of all weights: the same on every machine, another after any change."""
@@ -163,7 +166,7 @@ class VQModel(nn.Module):
         # A quantizer's output lies channels last, which takes a narrow decoder twice the time.
         return x.contiguous()
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
         channels = self.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             labels = ", or labels (B, H, W) int64" if self.config.input == "segmentation" else ""
@@ -187,7 +190,8 @@ class VQModel(nn.Module):
                     f"{crop}pad to {above}"
                 )
 
-    def _check_indices(self, indices: Tensor) -> None:
+    def check_indices(self, indices: Tensor) -> None:
+        """Raises UserError for codes that `decode` cannot paint."""
         if indices.ndim != 3 or indices.dtype not in (torch.int64, torch.int32):
             raise UserError(
                 f"codes are {indices.dtype} of shape {tuple(indices.shape)}; decode takes int64 (B, h, w)"

@@ -27,6 +27,11 @@ Split = Annotated[str, typer.Option(help="all, train or validation.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 
+Tile = Annotated[
+    int | None,
+    typer.Option(min=0, help="Work in tiles of so many pixels; 0: never; default: above 512x512, in 256."),
+]
+
 
 def parse_size(text: str) -> tuple[int, int]:
     """(H, W) pixels of "64" or "HxW". Raises UserError."""
