@@ -26,6 +26,10 @@ def sample(
         list[Path] | None,
         typer.Option(help="Second picture, low resolution or edges, as the model was trained; as above."),
     ] = None,
+    objects: Annotated[
+        list[Path] | None, typer.Option(help="Layout of objects (JSON) to paint after; may be repeated.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="What to paint, in words; may be repeated.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 256, or HxW; default: as trained, or the files'.")
     ] = None,
@@ -64,7 +68,12 @@ def sample(
         raise UserError(f"--schedule {schedule!r}: choose serial or wavefront")
     pipe = ARPipeline.from_pretrained(model).to(pick_device(device), torch.bfloat16 if bf16 else None)
     files = ConditionFiles(
-        classes=classes or [], segmentation=segmentation or [], depth=depth or [], image=image or []
+        classes=classes or [],
+        segmentation=segmentation or [],
+        depth=depth or [],
+        image=image or [],
+        objects=objects or [],
+        text=text or [],
     )
     given = read_conditions(files, pipe.model, None if size is None else parse_size(size))
     height, width = given.size or (None, None)

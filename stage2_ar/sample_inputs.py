@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stage2_ar.given import read_given
+from stage2_ar.layout_files import read_layouts
 from stage2_ar.model import ARModel
 from taming.errors import UserError
 
@@ -21,6 +22,8 @@ class ConditionFiles:
     segmentation: list[Path] = field(default_factory=list)
     depth: list[Path] = field(default_factory=list)
     image: list[Path] = field(default_factory=list)
+    objects: list[Path] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -54,6 +57,12 @@ def read_conditions(files: ConditionFiles, model: ARModel, size: tuple[int, int]
     if files.classes:
         given.values["class"] = torch.tensor(files.classes)
         given.said["class"] = list(files.classes)
+    if files.objects:
+        given.values["objects"] = read_layouts(files.objects)
+        given.said["objects"] = list(given.values["objects"])
+    if files.text:
+        given.values["text"] = list(files.text)
+        given.said["text"] = list(files.text)
     pictures = {"segmentation": files.segmentation, "depth": files.depth, "image": files.image}
     pictures = {name: paths for name, paths in pictures.items() if paths}
     read, given.size = read_given(model.condition, pictures, given.size, model.config.downsample_factor)
