@@ -107,17 +107,32 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set "a.b" in nested mappings, making sections as needed. Raises ConfigError."""
+    """Set "a.b" in nested mappings, making sections as needed; "a.0" is the first entry of a list.
+
+    Raises ConfigError.
+    """
     *parents, last = key.split(".")
-    node = values
+    node: Any = values
     for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
+        place = _place(node, parent, key)
+        child = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
         if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
+            child = node[place] = {}
+        if not isinstance(child, dict | list):
             raise ConfigError(f"override {key}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
-    node[last] = value
+    node[_place(node, last, key)] = value
+
+
+def _place(node: Any, part: str, key: str) -> str | int:
+    """One part of an override's key as an index into a mapping or a list."""
+    if not isinstance(node, list):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError(
+            f"override {key}: {part!r} is no entry of a list of {len(node)}; give 0 to {len(node) - 1}"
+        )
+    return int(part)
 
 
 def _explain(schema: type[Config], error: Any) -> str:

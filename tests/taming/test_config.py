@@ -27,6 +27,11 @@ class Document(Config):
     sizes: tuple[int, ...] = (1, 2)
 
 
+class Shapes(Config):
+    shapes: list[Annotated[Wide | Tall, Field(discriminator="kind")]]
+    sizes: tuple[int, ...] = ()
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -37,6 +42,21 @@ def test_overrides_reach_into_sections_and_are_typed(tmp_path: Path) -> None:
     path = write(tmp_path, "shape: {kind: tall, height: 2}\n")
     config = load_config(Document, path, ["shape.height=7", "sizes=[4, 5]", "extra.kind=tall", "name='8'"])
     assert config == Document(shape=Tall(height=7), extra=Tall(), sizes=(4, 5), name="8")
+
+
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, "shapes: [{kind: wide}, {kind: tall, height: 2}]\nsizes: [1, 2]\n")
+    config = load_config(Shapes, path, ["shapes.1.height=7", "sizes.0=5", "shapes.0={kind: tall}"])
+    assert config == Shapes(shapes=[Tall(), Tall(height=7)], sizes=(5, 2))
+    for override, message in (
+        ("shapes.2.height=7", r"'2' is no entry of a list of 2; give 0 to 1"),
+        ("shapes.first.height=7", "'first' is no entry of a list of 2"),
+        ("sizes.0.x=7", r"sizes\.0 is a value"),
+        ("shapes.1.heigth=7", r"unknown key shapes\.1\.heigth; did you mean height"),
+        ("shapes.1.kind=round", r"shapes\.1\.kind: 'round' is not one of the kinds 'wide', 'tall'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(Shapes, path, [override])
 
 
 def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
