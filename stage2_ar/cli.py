@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stage2_ar.interop.cli import import_pipeline
 from stage2_ar.sample_cli import sample
+from taming.errors import UserError
 from taming.options import (
     BatchSize,
     ConfigName,
@@ -91,7 +92,9 @@ def evaluate(
     pipe = ARPipeline.from_pretrained(model).to(pick_device(device))
     facts: dict[str, Any] = {"split": split, "tokenizer_hash": pipe.model.config.tokenizer_hash}
     if memorisation:
-        train_data, held_out = (open_data(pipe, data, s, overrides=override or []) for s in SPLITS)
+        train_data, held_out = (
+            open_data(pipe, data, part, overrides=override or []) for part in ("train", "validation")
+        )
         with progress_bar("eval") as report:
             result = measure_memorisation(
                 pipe, train_data, held_out, samples=num, limit=limit, batch_size=batch_size, progress=report

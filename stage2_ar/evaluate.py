@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stage1_vq.inputs import model_input
+from stage1_vq.codes import INDEX, read_index
+from stage2_ar.codes import CodeDataset, codes_of
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.transformer import code_log_likelihood
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches
+from taming.data.source import AllSplits, data_from, open_split
 from taming.errors import UserError
 from taming.metrics.adherence import Prototypes, adherence
+
+
+def open_data(pipe: ARPipeline, source: str, split: str, *, overrides: Sequence[str] = ()) -> PictureDataset:
+    """The data that a user means by `source`: a folder of codes, or what `data_from` knows; `split` of it.
+
+    Raises UserError; for codes of another tokenizer too.
+    """
+    config = pipe.model.config
+    if not (Path(source) / INDEX).is_file():
+        trained = config.grid[0] * config.downsample_factor, config.grid[1] * config.downsample_factor
+        return open_split(data_from(source, size=trained, overrides=overrides), split)
+    if overrides:
+        raise UserError(f"{source} holds codes, which -o {overrides[0]} cannot change; leave it out")
+    made_by = read_index(Path(source)).tokenizer_hash
+    if not pipe.tokenizer.makes_codes_of(made_by):
+        raise UserError(
+            f"the codes in {source} were made by the tokenizer {made_by[:12]}, not by the pipeline's "
+            f"{config.tokenizer_hash[:12]}; give pictures, or the codes that it was trained on"
+        )
+    match split:
+        case "train" | "validation":
+            return CodeDataset(Path(source), split)
+        case "all":
+            return AllSplits([CodeDataset(Path(source), "train"), CodeDataset(Path(source), "validation")])
+        case _:
+            raise UserError(f"no split {split!r}: choose all, train or validation")
 
 
 @torch.no_grad()
@@ -32,10 +61,10 @@ def evaluate_pipeline(
     nats, cells, pictures, pixels = 0.0, 0, 0, 0
     for batch in evaluation_batches(dataset, batch_size=batch_size):
         batch = to_device(batch, pipe.device)
-        codes = pipe.tokenizer.encode(model_input(batch, pipe.tokenizer.config))
+        codes = codes_of(pipe.tokenizer, batch)
         nats -= float(code_log_likelihood(pipe.model(codes, batch), codes.flatten(1)).sum())
         cells, pictures = cells + codes.numel(), pictures + len(codes)
-        pixels += batch["image"][:, 0].numel()
+        pixels += codes.numel() * pipe.model.config.downsample_factor**2
         if progress is not None:
             progress(pictures, len(dataset))
     return {

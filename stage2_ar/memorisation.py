@@ -105,6 +105,22 @@ class MemorisationResult:
     sheet: Tensor
     """(3, H', W') in [-1, 1]: samples over their nearest training pictures, most alike first."""
 
+    @property
+    def verdict(self) -> str:
+        """One line for the user."""
+        facts = self.figures
+        alike, most, control = (
+            f"{facts[name]:.0%}" for name in ("samples_in_common", "most_in_common", "held_out_in_common")
+        )
+        train, held_out = (f"{facts[name]:.3g}" for name in ("train_bits_per_code", "held_out_bits_per_code"))
+        said = (
+            f"samples share {alike} of their codes with the nearest training picture ({most} at most), "
+            f"held-out pictures {control}; training ones cost {train} bits a code, held-out ones {held_out}"
+        )
+        return (
+            f"learned by heart: {said}; {ADVICE}" if facts["memorised"] else f"not learned by heart: {said}"
+        )
+
 
 @torch.no_grad()
 def measure_memorisation(
@@ -157,7 +173,7 @@ def measure_memorisation(
         "held_out_in_common": float(control_shares.mean()),
         "most_in_common": float(shares.max()),
         "excess": excess,
-        "memorised": float(excess > COPIED or gap > bounds.gap * held_out_bits),
+        "memorised": int(excess > COPIED or gap > bounds.gap * held_out_bits),
         "pictures": len(control),
         "training_pictures": len(searched),
         "samples": len(drawn),
