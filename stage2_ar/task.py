@@ -16,6 +16,7 @@ from stage1_vq import VQModel
 from stage1_vq.inputs import as_picture, restored
 from stage2_ar.best_model import BestModel
 from stage2_ar.codes import codes_of
+from stage2_ar.conditions.tokenizers import attach_named, without_paths
 from stage2_ar.config import ARModelConfig, ARTrainConfig
 from stage2_ar.fine_tuning import hold_transformer, start_from
 from stage2_ar.memorisation import FixedSample, MemorisationWatch
@@ -47,7 +48,7 @@ def model_config(config: ARTrainConfig, tokenizer: VQModel, size: tuple[int, int
             )
     return ARModelConfig(
         transformer=config.transformer,
-        condition=config.condition,
+        condition=without_paths(config.condition),
         vocabulary_size=tokenizer.spec.codebook_size,
         grid=(size[0] // factor, size[1] // factor),
         order=config.order,
@@ -77,6 +78,7 @@ class ARTask:
         self.config = config
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.model = ARModel(model_config(config, tokenizer, size))
+        attach_named(self.model.condition, config.condition)
         self._notes: list[str] = []
         self._start_note: str | None = None
         if config.init_from is not None:

@@ -1,4 +1,4 @@
-"""What a condition learns from the data before training: names, vocabularies, facts of a text encoder.
+"""What a condition learns before training: names, vocabularies, facts of a text encoder or a tokenizer.
 
 It is written into the config, so that a saved model explains itself and sampling can speak in these words.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stage2_ar.conditions.config import CombinedConditionConfig, SingleCondition
+from stage2_ar.conditions.config import CodesConditionConfig, CombinedConditionConfig, SingleCondition
 from stage2_ar.conditions.objects_config import ObjectsConditionConfig
 from stage2_ar.conditions.text_config import TextConditionConfig, TransformersTextConfig, WordsConfig
+from stage2_ar.conditions.tokenizers import with_facts
 from stage2_ar.conditions.words import vocabulary_of
 from stage2_ar.text_encoder import check_positions, open_encoder
 from taming.data.dataset import PictureDataset
@@ -20,7 +21,7 @@ Condition = SingleCondition | CombinedConditionConfig
 def fill_in(config: Condition, data: Callable[[], PictureDataset]) -> Condition:
     """The config with what the training data, or a text encoder, says; what is set stays as it is.
 
-    `data` is only called where it is asked. Raises UserError where a text encoder cannot be opened.
+    `data` is only called where it is asked. Raises UserError where an encoder or tokenizer cannot be opened.
     """
     if isinstance(config, CombinedConditionConfig):
         parts = [_fill_in(part, data) for part in config.conditions]
@@ -30,6 +31,8 @@ def fill_in(config: Condition, data: Callable[[], PictureDataset]) -> Condition:
 
 def _fill_in(config: SingleCondition, data: Callable[[], PictureDataset]) -> SingleCondition:
     match config:
+        case CodesConditionConfig():
+            return with_facts(config)
         case ObjectsConditionConfig(names=()):
             # More names than classes are refused by the check of the data, with the way out.
             names = tuple(data().object_names)[: config.num_classes]

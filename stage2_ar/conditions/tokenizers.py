@@ -15,6 +15,8 @@ from stage2_ar.conditions.config import (
 )
 from taming.errors import ConfigError
 
+AnyCondition = SingleCondition | CombinedConditionConfig
+
 FOLDER = "condition_tokenizer"
 
 
@@ -30,33 +32,27 @@ def facts_of(tokenizer: VQModel) -> ConditionTokenizerConfig:
     )
 
 
-def resolved(
-    config: SingleCondition | CombinedConditionConfig,
-) -> tuple[SingleCondition | CombinedConditionConfig, list[VQModel]]:
-    """A training's condition with the facts of the tokenizers that it names, and these, part by part.
+def with_facts(config: CodesConditionConfig) -> CodesConditionConfig:
+    """A training's condition with the facts of the tokenizer that it names.
 
-    Raises ConfigError where codes have no tokenizer, ArtifactError where it cannot be loaded.
+    Raises ConfigError where it names none, ArtifactError where it cannot be loaded.
     """
-    if isinstance(config, CombinedConditionConfig):
-        parts = [resolved(part) for part in config.conditions]
-        conditions = [part for part, _ in parts]
-        return config.model_copy(update={"conditions": conditions}), [t for _, found in parts for t in found]
-    if not isinstance(config, CodesConditionConfig):
-        return config, []
-    if config.tokenizer is None:
-        raise ConfigError(
-            "condition.kind=codes needs the tokenizer of the condition; set "
-            "condition.tokenizer to a saved one, made with `taming vq train`"
-        )
-    tokenizer = VQModel.from_pretrained(config.tokenizer)
-    facts = facts_of(tokenizer)
-    if config.facts is not None and not tokenizer.makes_codes_of(config.facts.tokenizer_hash):
+    facts = facts_of(_named(config))
+    if config.facts is not None and config.facts != facts:
         raise ConfigError(
             f"condition.facts are of the tokenizer {config.facts.tokenizer_hash[:12]}, and "
             f"{config.tokenizer} is {facts.tokenizer_hash[:12]}; leave condition.facts out"
         )
-    # Where it lay on the machine of the training is nobody's business later.
-    return config.model_copy(update={"tokenizer": None, "facts": facts}), [tokenizer]
+    return config.model_copy(update={"facts": facts})
+
+
+def without_paths(config: AnyCondition) -> AnyCondition:
+    """The condition as a model keeps it: where tokenizers lay in training is nobody's business later."""
+    if isinstance(config, CombinedConditionConfig):
+        return config.model_copy(update={"conditions": [without_paths(part) for part in config.conditions]})
+    if isinstance(config, CodesConditionConfig):
+        return config.model_copy(update={"tokenizer": None})
+    return config
 
 
 def parts_with_tokenizer(condition: Condition) -> dict[str, CodesCondition]:
@@ -70,13 +66,24 @@ def parts_with_tokenizer(condition: Condition) -> dict[str, CodesCondition]:
     return {f"{FOLDER}_{part.name}": part for part in parts}
 
 
-def attach_named(condition: Condition, config: SingleCondition | CombinedConditionConfig) -> None:
-    """Give a condition the tokenizers that its training's config names. Raises as `resolved`."""
-    for part, tokenizer in zip(parts_with_tokenizer(condition).values(), resolved(config)[1], strict=True):
-        part.attach_tokenizer(tokenizer)
+def attach_named(condition: Condition, config: AnyCondition) -> None:
+    """Give a condition the tokenizers that its training's config names. Raises ArtifactError."""
+    configs = config.conditions if isinstance(config, CombinedConditionConfig) else [config]
+    named = [part for part in configs if isinstance(part, CodesConditionConfig)]
+    for part, own in zip(parts_with_tokenizer(condition).values(), named, strict=True):
+        part.attach_tokenizer(_named(own))
 
 
 def attach_tokenizers(condition: Condition, load: Callable[[str], VQModel]) -> None:
     """Give each part its tokenizer, which `load` finds by the folder's name. Raises ArtifactError."""
     for folder, part in parts_with_tokenizer(condition).items():
         part.attach_tokenizer(load(folder))
+
+
+def _named(config: CodesConditionConfig) -> VQModel:
+    if config.tokenizer is None:
+        raise ConfigError(
+            "condition.kind=codes needs the tokenizer of the condition; set condition.tokenizer to a saved "
+            "one, made with `taming vq train`"
+        )
+    return VQModel.from_pretrained(config.tokenizer)
