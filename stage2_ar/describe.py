@@ -33,7 +33,7 @@ def describe(config: ARTrainConfig) -> dict[str, str]:
         hold_transformer(model)
     state = state_bytes(model, ema=training.ema_decay is not None)
     if config.optimizer.method == "muon":  # one moment a weight, not two
-        state -= 4 * sum(weight.numel() for weight in hidden_matrices(model))
+        state -= 4 * sum(weight.numel() for weight in hidden_matrices(model).values())
     # Layers are alike: one and two of them, for one picture, tell what all keep.
     one, two = (_saved_by(values, layers) for layers in (1, 2))
     num_layers, micro_batch = (

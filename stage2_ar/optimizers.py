@@ -10,11 +10,14 @@ from stage2_ar.model import ARModel
 from stage2_ar.transformer import weight_decay_groups
 from taming.training.muon import ConvMuon
 
+STACKED = {"qkv": 3, "gate_up": 2}
+"""Layer -> how many matrices its weight holds: queries, keys and values; gate and up."""
+
 
 def transformer_optimizers(model: ARModel, config: AROptimizerConfig) -> dict[str, Optimizer]:
     """By name, for the weights that are to be trained: AdamW and, where the config says so, Muon."""
-    hidden = hidden_matrices(model) if config.method == "muon" else []
-    taken = {id(weight) for weight in hidden}
+    hidden = hidden_matrices(model) if config.method == "muon" else {}
+    taken = {id(weight) for weight in hidden.values()}
     groups = [
         {**group, "params": [weight for weight in group["params"] if id(weight) not in taken]}
         for group in weight_decay_groups(model, config.weight_decay)
@@ -24,12 +27,15 @@ def transformer_optimizers(model: ARModel, config: AROptimizerConfig) -> dict[st
     }
     if hidden:
         optimizers["model_hidden"] = ConvMuon(
-            hidden, lr=config.learning_rate, weight_decay=config.weight_decay
+            hidden.values(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            parts=[STACKED.get(name.split(".")[-2], 1) for name in hidden],
         )
     return optimizers
 
 
-def hidden_matrices(model: ARModel) -> list[nn.Parameter]:
-    """The matrices between embedding and head that are to be trained: those that Muon is for."""
-    weights = model.transformer.blocks.parameters()
-    return [weight for weight in weights if weight.ndim == 2 and weight.requires_grad]
+def hidden_matrices(model: ARModel) -> dict[str, nn.Parameter]:
+    """The matrices between embedding and head that are to be trained, by name: those that Muon is for."""
+    weights = model.transformer.blocks.named_parameters()
+    return {name: weight for name, weight in weights if weight.ndim == 2 and weight.requires_grad}

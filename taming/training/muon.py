@@ -1,4 +1,4 @@
-"""Muon for convolutions: momentum whose matrices are made orthogonal (Jordan et al. 2024,
+"""Muon for convolutions and for stacked matrices: momentum that is made orthogonal (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon; scaled to Adam's step as in Liu et al. 2025, arXiv:2502.16982).
 
 torch.optim.Muon takes matrices only. Here each weight (out, ...) is shown to it as the matrix (out, rest).
@@ -6,7 +6,7 @@ torch.optim.Muon takes matrices only. Here each weight (out, ...) is shown to it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +17,38 @@ class ConvMuon(torch.optim.Muon):
     """torch's Muon over views of weights of two or more axes, which must lie where they will stay.
 
     A step has about the length of Adam's at the same learning rate. The state is one momentum a weight.
+    `parts` says of each weight how many matrices of equal sizes are stacked in it (queries, keys and values,
+    say), which are made orthogonal each by itself; 1 where it is not given.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        weights: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        parts: Sequence[int] | None = None,
+    ) -> None:
         self._weights = list(weights)
-        views = [nn.Parameter(_matrix(weight.data, weight)) for weight in self._weights]
-        for view, weight in zip(views, self._weights, strict=True):
-            assert view.data_ptr() == weight.data_ptr(), "a weight whose layout gives no view as a matrix"
+        self._parts = [1] * len(self._weights) if parts is None else list(parts)
+        views = []
+        for weight, count in zip(self._weights, self._parts, strict=True):
+            matrices = _matrix(weight.data, weight).chunk(count)
+            assert matrices[0].data_ptr() == weight.data_ptr(), "a layout that gives no view as a matrix"
+            assert len(matrices) == count
+            views += [nn.Parameter(matrix) for matrix in matrices]
         super().__init__(views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._views = views
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step along the gradients of the weights; a weight without one stays."""
-        for view, weight in zip(self._views, self._weights, strict=True):
-            view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
+        views = iter(self._views)
+        for weight, count in zip(self._weights, self._parts, strict=True):
+            gradients: Sequence[Tensor | None] = [None] * count
+            if weight.grad is not None:
+                gradients = _matrix(weight.grad, weight).chunk(count)
+            for gradient in gradients:
+                next(views).grad = gradient
         result = super().step(closure)
         for view in self._views:
             view.grad = None
