@@ -79,9 +79,7 @@ def _describe_options(config: ARTrainConfig, whole: int, kept: int) -> dict[str,
     if config.label_smoothing:
         facts["label smoothing"] = f"{config.label_smoothing:g}"
     if config.recompute:
-        facts["recompute"] = (
-            f"on: without it {format_bytes(whole)} activations in place of {format_bytes(kept)}"
-        )
+        facts["recompute"] = f"on: {format_bytes(kept)} activations in place of {format_bytes(whole)}"
     if config.compile:
         facts["compile"] = "the blocks, at the first step"
     facts["evaluation"] = "held-out pictures"

@@ -63,3 +63,18 @@ def test_state_round_trips() -> None:
     step(first, optimizer, 2)
     step(second, resumed, 2)
     assert torch.equal(first.weight, second.weight)
+
+
+def test_stacked_matrices_are_made_orthogonal_one_by_one() -> None:
+    torch.manual_seed(0)
+    stacked = nn.Linear(6, 12, bias=False)
+    parts = [nn.Parameter(part.clone()) for part in stacked.weight.detach().chunk(3)]
+    ours = ConvMuon([stacked.weight], 0.1, weight_decay=0.1, parts=[3])
+    theirs = torch.optim.Muon(parts, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(2):
+        stacked.weight.grad = torch.randn(12, 6)
+        for part, gradient in zip(parts, stacked.weight.grad.chunk(3), strict=True):
+            part.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+    assert_close(stacked.weight.detach(), torch.cat(parts).detach())
