@@ -25,6 +25,7 @@ FREE = frozenset(
         "attention_dropout",
         "residual_dropout",
         "zero_init_head",
+        "attention_window",
         "block_size",
         "table_size",
     }
