@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from taming.errors import ArtifactError, UserError
 FOLDER, HASH_FILE = "text_encoder", "taming.json"
 CACHE_BYTES = 256 * 2**20
 """What is kept in memory of features; those that were not asked for longest go first."""
+
+_BROKEN = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+"""What the library raises on folders that are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -46,35 +51,68 @@ class OpenedEncoder:
 def open_encoder(name: str | Path) -> OpenedEncoder:
     """The text encoder and the tokenizer of a folder or hub id; of CLIP and T5 their text part alone.
 
-    Raises ArtifactError where they are not there, hold pickled weights only, or want their own code run.
+    What the hub's cache holds is opened without the network. Raises ArtifactError where they are not there,
+    hold pickled weights only, or want their own code run.
     """
+    found = Path(name).is_dir()
+    if not found and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        raise ArtifactError(
+            f"no folder {str(name)!r} with a text encoder, and it is not a hub id of the form owner/name; "
+            "check the path"
+        )
+    reason = ""
+    with _quiet_libraries():
+        for local in (True,) if found else (True, False):
+            try:
+                model, tokenizer = _load(name, local)
+            except _BROKEN as error:
+                reason = _first_line(error)
+                continue
+            model.eval().requires_grad_(False)
+            digest = hashlib.sha256(content_hash(model.state_dict()).encode())
+            digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+            return OpenedEncoder(model, tokenizer, digest.hexdigest())
+    raise ArtifactError(
+        f"the text encoder {str(name)!r} cannot be opened: {reason.rstrip('.')}; give the folder or hub id "
+        "of a transformers text model with its tokenizer and its weights as safetensors"
+    )
+
+
+def _load(name: str | Path, local: bool) -> tuple[nn.Module, Any]:
     import transformers
 
-    named_models = {
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    config = transformers.AutoConfig.from_pretrained(name, **options)
+    named_models: dict[str, Any] = {
         "clip": transformers.CLIPTextModel,
         "clip_text_model": transformers.CLIPTextModel,
         "t5": transformers.T5EncoderModel,
         "mt5": transformers.MT5EncoderModel,
         "umt5": transformers.UMT5EncoderModel,
     }
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that CLIP's picture part is left out is as it should be
+    kind = named_models.get(config.model_type, transformers.AutoModel)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    return kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **options), tokenizer
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Without their progress bars and notes: that CLIP's picture part is left out is as it should be."""
+    import huggingface_hub
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind: Any = named_models.get(config.model_type, transformers.AutoModel)
-        model = kind.from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(
-            f"the text encoder {str(name)!r} cannot be opened: {_first_line(error)}; give the folder or hub "
-            "id of a transformers text model with its tokenizer and its weights as safetensors"
-        ) from None
+        yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
-    model.eval().requires_grad_(False)
-    digest = hashlib.sha256(content_hash(model.state_dict()).encode())
-    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    return OpenedEncoder(model, tokenizer, digest.hexdigest())
+        transformers.logging.set_verbosity(verbosity[0])
+        huggingface_hub.logging.set_verbosity(verbosity[1])
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 class FrozenTextEncoder:
@@ -151,7 +189,8 @@ class FrozenTextEncoder:
                 return
             opened = self.opened
             model: Any = opened.model
-            model.save_pretrained(folder)
+            with _quiet_libraries():
+                model.save_pretrained(folder)
             opened.tokenizer.save_pretrained(folder)
             note.write_text(json.dumps({"content_hash": self.expected_hash}) + "\n")
         except (OSError, ValueError, KeyError) as error:
