@@ -191,7 +191,7 @@ class ARPipeline:
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
         condition, window, count = self.model.condition, self.model.config.grid, len(uniforms)
-        guide = settings.guidance_scale != 1 and condition.has_null
+        guide = settings.guides and condition.has_null
         transformer = self._for_sampling(2 * count if guide else count)
         if transformer.window is not None:
             if stride != 1:

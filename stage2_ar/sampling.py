@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stage2_ar.guidance import GuidanceSchedule, check_guidance, guided, scale_at
 from stage2_ar.order import Grid, to_raster
 from stage2_ar.transformer import Transformer
 from taming.errors import UserError
@@ -42,6 +43,26 @@ class SamplingSettings:
     """Take the most probable code; nothing is drawn."""
     guidance_scale: float = 1.0
     """s in unconditional + s (conditional - unconditional) (Ho and Salimans 2022); 1 is no guidance."""
+    guidance_schedule: GuidanceSchedule = "constant"
+    """Whether the scale goes from `guidance_start`, at the first cell, to `guidance_scale`, at the last."""
+    guidance_start: float = 1.0
+    guidance_power: float = 1.0
+    """Of the schedule cosine; see `guidance.scale_at`."""
+
+    @property
+    def guides(self) -> bool:
+        """Whether any cell is guided."""
+        return self.guidance_scale != 1 or (self.guidance_schedule != "constant" and self.guidance_start != 1)
+
+    def scale_of(self, cell: int, cells: int) -> float:
+        """The scale of guidance of the cell that is written as number `cell` of `cells`."""
+        return scale_at(
+            cell / max(cells - 1, 1),
+            schedule=self.guidance_schedule,
+            start=self.guidance_start,
+            scale=self.guidance_scale,
+            power=self.guidance_power,
+        )
 
     def validate(self, vocabulary_size: int) -> None:
         """Raises UserError for a value outside of its range."""
@@ -57,8 +78,12 @@ class SamplingSettings:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not in (0, 1]; leave it out to keep all codes")
-        if not abs(self.guidance_scale) < float("inf"):
-            raise UserError(f"guidance_scale {self.guidance_scale} is not a finite number; 1 is no guidance")
+        check_guidance(
+            schedule=self.guidance_schedule,
+            start=self.guidance_start,
+            scale=self.guidance_scale,
+            power=self.guidance_power,
+        )
 
 
 def picture_uniforms(seed: int, first_picture: int, count: int, cells: int) -> Tensor:
@@ -100,15 +125,9 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
 
 
-def guided(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Logits (2 B, V), conditional half first, -> guided logits (B, V)."""
-    conditional, unconditional = logits.float().chunk(2)
-    return unconditional + settings.guidance_scale * (conditional - unconditional)
-
-
 def needs_guidance(settings: SamplingSettings, null_prefix: object | None) -> bool:
     """Whether both halves are run. Raises UserError where there is no null prefix to guide away from."""
-    if settings.guidance_scale == 1:
+    if not settings.guides:
         return False
     if null_prefix is None:
         raise UserError(
@@ -206,7 +225,8 @@ def _sample(
             logits, cache = transformer.prefill(prefix, taken(n), grid, order=order)
         else:
             logits = transformer.step(taken(n, n - 1), cache)
-        drawn = draw(guided(logits, settings) if guide else logits, uniforms[:, n], settings)
+        logits = guided(logits, settings.scale_of(n, count)) if guide else logits
+        drawn = draw(logits, uniforms[:, n], settings)
         if known_codes is not None and is_known is not None:
             drawn = torch.where(is_known[:, n], known_codes[:, n], drawn)
         codes[:, n] = drawn

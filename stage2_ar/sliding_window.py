@@ -20,13 +20,13 @@ from torch import Tensor
 
 from stage2_ar.attention import KVCache
 from stage2_ar.conditions.base import WindowPrefix
+from stage2_ar.guidance import guided
 from stage2_ar.order import Grid
 from stage2_ar.sampling import (
     Known,
     Progress,
     SamplingSettings,
     draw,
-    guided,
     needs_guidance,
     stack_prefixes,
 )
@@ -222,7 +222,9 @@ class _Painter:
 
     def _draw(self, place: Placement, logits: Tensor) -> None:
         row, column = place.row, place.column
-        logits = guided(logits, self.settings) if self.guide else logits
+        if self.guide:
+            _, height, width = self.codes.shape
+            logits = guided(logits, self.settings.scale_of(row * width + column, height * width))
         drawn = draw(logits, self.uniforms[:, row, column], self.settings)
         if self.is_known is not None:
             drawn = torch.where(self.is_known[:, row, column], self.codes[:, row, column], drawn)

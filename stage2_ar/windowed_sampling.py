@@ -17,13 +17,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from stage2_ar.guidance import guided
 from stage2_ar.order import Grid
 from stage2_ar.sampling import (
     Known,
     Progress,
     SamplingSettings,
     draw,
-    guided,
     needs_guidance,
     stack_prefixes,
 )
@@ -154,7 +154,11 @@ class _Painter:
 
     def _draw(self, logits: Tensor, rows: Tensor, columns: Tensor) -> None:
         """logits (R, A, V) of the cells at rows and columns, (A,) each."""
-        logits = guided(logits, self.settings) if self.guide else logits
+        if self.guide:
+            _, height, width = self.codes.shape
+            cells = (rows * width + columns).tolist()
+            scales = [self.settings.scale_of(cell, height * width) for cell in cells]
+            logits = guided(logits, torch.tensor(scales, device=logits.device)[:, None])
         uniforms = self.uniforms[:, rows, columns]
         drawn = draw(rearrange(logits, "b a v -> (b a) v"), uniforms.flatten(), self.settings)
         drawn = drawn.view(uniforms.shape)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stage2_ar.conditions.base import crop_prefix
+from stage2_ar.guidance import guided
 from stage2_ar.inference import PackedLinear, can_pack, for_inference
 from stage2_ar.sampling import (
     SamplingSettings,
     draw,
     filtered_probabilities,
-    guided,
     picture_uniforms,
     sample_codes,
 )
@@ -135,9 +135,9 @@ def test_batch_of_eight_equals_eight_of_one(kind: str) -> None:
 
 def test_guidance_of_one_is_none_and_larger_guides() -> None:
     conditional, unconditional = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.5]])
-    scaled = guided(torch.cat((conditional, unconditional)), SamplingSettings(guidance_scale=2.0))
+    scaled = guided(torch.cat((conditional, unconditional)), 2.0)
     torch.testing.assert_close(scaled, torch.tensor([[2.0, -0.5]]))
-    same = guided(torch.cat((conditional, unconditional)), SamplingSettings(guidance_scale=1.0))
+    same = guided(torch.cat((conditional, unconditional)), 1.0)
     torch.testing.assert_close(same, conditional)
     model, prefix, null = small_transformer("llama"), random_prefix(2), random_prefix(2, seed=1)
     uniforms = picture_uniforms(0, 0, 2, CELLS)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stage2_ar.conditions.base import crop_prefix
-from stage2_ar.sampling import SamplingSettings, draw, guided, picture_uniforms, sample_codes, stack_prefixes
+from stage2_ar.guidance import guided
+from stage2_ar.sampling import SamplingSettings, draw, picture_uniforms, sample_codes, stack_prefixes
 from stage2_ar.sliding_window import WindowPrefix, place_windows, sample_sliding, wavefront, window_size
 from stage2_ar.transformer import Transformer
 from taming.errors import UserError
@@ -56,7 +57,7 @@ def _published_procedure(
         with torch.no_grad():
             logits = model(torch.cat((inside, inside)), both, window)[:, local]
         uniform = uniforms[:, place.row * grid[1] + place.column]
-        codes[:, place.row, place.column] = draw(guided(logits, choice), uniform, choice)
+        codes[:, place.row, place.column] = draw(guided(logits, choice.guidance_scale), uniform, choice)
     return codes
 
 
