@@ -52,14 +52,15 @@ class ObjectsCondition(LayoutCondition):
         """Objects are told relative to the frame; which part of a picture that is, is not told."""
         labels, boxes, mask = self._tensors(layouts)
         places = boxes if self.config.place == "box" else _centres(boxes)
-        x = self.class_embedding(labels) + self.place(fourier(places, self.frequencies))
+        dtype = self.place.weight.dtype
+        x = self.class_embedding(labels) + self.place(fourier(places, self.frequencies).to(dtype))
         x = self.norm(functional.gelu(self.hidden(functional.gelu(x))))
         objects = self.out(x) * mask[..., None]  # (B, N, D)
         start = self.start.expand(len(layouts), 1, -1)
         cells = None
         if self.cells is not None:
             cover = coverage if self.config.place == "box" else centre_cells
-            cells = self.cells(cover(labels, boxes, mask, self.config.num_classes, grid))
+            cells = self.cells(cover(labels, boxes, mask, self.config.num_classes, grid).to(dtype))
         return Prefix(torch.cat((objects, start), dim=1), _with_start(mask), cells)
 
     def null(self, batch_size: int, grid: Grid, device: torch.device | str) -> Prefix:
@@ -74,7 +75,7 @@ class ObjectsCondition(LayoutCondition):
         return Prefix(torch.cat((objects, null.expand(batch_size, 1, -1)), dim=1), _with_start(mask), cells)
 
     def _tensors(self, layouts: Sequence[Layout]) -> tuple[Tensor, Tensor, Tensor]:
-        """Layouts as labels (B, N) int64, boxes (B, N, 4) and a mask (B, N) bool of what is there."""
+        """Layouts as labels (B, N) int64, boxes (B, N, 4) float32, and a mask (B, N) of what is there."""
         most = self.config.max_objects
         labels = torch.zeros(len(layouts), most, dtype=torch.int64)
         boxes = torch.zeros(len(layouts), most, 4)
@@ -85,8 +86,8 @@ class ObjectsCondition(LayoutCondition):
                 labels[row, : len(kept)] = torch.tensor([item["label"] for item in kept])
                 boxes[row, : len(kept)] = torch.tensor([item["box"] for item in kept])
                 mask[row, : len(kept)] = True
-        device, dtype = self.start.device, self.place.weight.dtype
-        return labels.to(device), boxes.to(device, dtype), mask.to(device)
+        device = self.start.device
+        return labels.to(device), boxes.to(device), mask.to(device)
 
 
 class CellFeatures(nn.Module):
@@ -113,9 +114,9 @@ def fourier(values: Tensor, frequencies: int) -> Tensor:
     As in NeRF (Mildenhall et al. 2020, Eq. 4): an MLP of the bare number would see places too dimly.
     """
     steps = torch.pi * 2.0 ** torch.arange(frequencies, device=values.device, dtype=torch.float32)
-    phases = values.float()[..., None] * steps  # (..., n, F)
-    features = torch.cat((values.float()[..., None], phases.sin(), phases.cos()), dim=-1)
-    return rearrange(features, "... n f -> ... (n f)").to(values.dtype)
+    phases = values[..., None] * steps  # (..., n, F)
+    features = torch.cat((values[..., None], phases.sin(), phases.cos()), dim=-1)
+    return rearrange(features, "... n f -> ... (n f)")
 
 
 def coverage(labels: Tensor, boxes: Tensor, mask: Tensor, num_classes: int, grid: Grid) -> Tensor:
@@ -131,7 +132,7 @@ def coverage(labels: Tensor, boxes: Tensor, mask: Tensor, num_classes: int, grid
 
 def centre_cells(labels: Tensor, boxes: Tensor, mask: Tensor, num_classes: int, grid: Grid) -> Tensor:
     """As `coverage`, of the one cell in which each box's centre lies."""
-    centres = _centres(boxes).float()
+    centres = _centres(boxes)
     column = (centres[..., 0] * grid[1]).long().clamp(0, grid[1] - 1)
     row = (centres[..., 1] * grid[0]).long().clamp(0, grid[0] - 1)
     cell = functional.one_hot(row * grid[1] + column, grid[0] * grid[1]) * mask[..., None]  # (B, N, h w)
@@ -149,10 +150,10 @@ def _by_class(shares: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def _overlap(start: Tensor, stop: Tensor, cells: int) -> Tensor:
     """The share of each of `cells` equal parts of [0, 1] that lies in [start, stop]: (..., cells)."""
-    edges = torch.arange(cells + 1, device=start.device, dtype=torch.float32) / cells
-    low = torch.maximum(start.float()[..., None], edges[:-1])
-    high = torch.minimum(stop.float()[..., None], edges[1:])
-    return ((high - low).clamp(min=0) * cells).to(start.dtype)
+    edges = torch.arange(cells + 1, device=start.device, dtype=start.dtype) / cells
+    low = torch.maximum(start[..., None], edges[:-1])
+    high = torch.minimum(stop[..., None], edges[1:])
+    return (high - low).clamp(min=0) * cells
 
 
 def _centres(boxes: Tensor) -> Tensor:

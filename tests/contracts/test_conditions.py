@@ -21,6 +21,12 @@ from stage2_ar.conditions.config import (
     SegmentationConditionConfig,
     SingleCondition,
 )
+from stage2_ar.conditions.objects_config import (
+    ObjectFeaturesConfig,
+    ObjectsConditionConfig,
+    ObjectTokensConfig,
+)
+from stage2_ar.conditions.text_config import TextConditionConfig, WordsConfig
 from stage2_ar.transformer import Transformer, build_transformer, next_code_loss
 from stage2_ar.transformer_config import LlamaConfig
 from taming.errors import UserError
@@ -30,6 +36,8 @@ GRID, FACTOR, WIDTH, BATCH = (3, 5), 4, 16, 4
 MAP_CODES = ConditionTokenizerConfig(
     input="segmentation", channels=7, codebook_size=5, downsample_factor=FACTOR, tokenizer_hash="0"
 )
+OBJECT_FEATURES = ObjectFeaturesConfig(hidden_width=8, frequencies=2)
+WORDS = WordsConfig(vocabulary=("a", "cat", "dog", "red"), max_length=4, hidden_width=8)
 CONFIGS: dict[str, Any] = {
     "none": NoConditionConfig(),
     "none_shared": NoConditionConfig(start_token=2),
@@ -51,6 +59,21 @@ CONFIGS: dict[str, Any] = {
     "codes_resized": CodesConditionConfig(facts=MAP_CODES, dropout=0.5, resize=8, placement="prefix"),
     "coordinates": CoordinatesConditionConfig(dropout=0.5, hidden_width=8),
     "coordinate_tokens": CoordinatesConditionConfig(levels=8),
+    "objects": ObjectsConditionConfig(num_classes=3, max_objects=4, dropout=0.5, encoding=OBJECT_FEATURES),
+    "objects_alone": ObjectsConditionConfig(
+        num_classes=3,
+        max_objects=4,
+        dropout=0.5,
+        place="centre",
+        encoding=OBJECT_FEATURES.model_copy(update={"aligned": False}),
+    ),
+    "object_tokens": ObjectsConditionConfig(
+        num_classes=3, max_objects=4, dropout=0.5, encoding=ObjectTokensConfig(num_tokens=9)
+    ),
+    "words": TextConditionConfig(encoder=WORDS, dropout=0.5),
+    "words_convolution": TextConditionConfig(
+        encoder=WORDS.model_copy(update={"context": "convolution"}), dropout=0.5
+    ),
     "combined": CombinedConditionConfig(
         conditions=[
             ClassConditionConfig(num_classes=6, dropout=0.3),
@@ -72,7 +95,8 @@ PICTURES = [
 ]
 """Those that are aligned with the picture: what a window is told is a crop of the whole."""
 WINDOWED = [*PICTURES, "codes", "codes_prefix", "coordinates"]
-DROPPED_ALONE = ["class", *(name for name in WINDOWED if name != "combined")]
+TOLD = ["objects", "objects_alone", "object_tokens", "words", "words_convolution"]
+DROPPED_ALONE = ["class", *TOLD, *(name for name in WINDOWED if name != "combined")]
 
 
 def _build(name: str) -> tuple[Condition, Transformer]:
@@ -102,6 +126,14 @@ def _batch(condition: Condition, grid: tuple[int, int] = GRID) -> Batch:
                 batch[name] = torch.rand(value.shape, generator=generator) * 2 - 1
             case "segmentation_codes":
                 batch[name] = torch.randint(5, value.shape, generator=generator)
+            case "objects":
+                corners = torch.rand(BATCH, 3, 4, generator=generator) * 0.5 + torch.tensor([0, 0, 0.5, 0.5])
+                batch[name] = [
+                    [{"label": n, "box": tuple(box.tolist())} for n, box in enumerate(boxes[: row + 1])]
+                    for row, boxes in enumerate(corners)
+                ]
+            case "text":
+                batch[name] = ["a red cat", "a dog", "red", "cat dog a red"]
             case "crop":
                 batch[name] = torch.rand(value.shape, generator=generator) * 0.4 + value * 0.5
     return batch
@@ -300,6 +332,21 @@ def test_a_cell_knows_its_surroundings_but_not_the_far_end(name: str) -> None:
         ("codes", {"segmentation": torch.full((12, 20), 7)}, "label 7 is not one of the 7 labels"),
         ("codes", {"segmentation": torch.zeros(12, 20, dtype=torch.int64)}, "tokenizer .* is not there"),
         ("coordinates", {"crop": [[0, 0, 1, 1]]}, "no condition 'crop'; it takes none"),
+        ("objects", {"objects": []}, r"for a picture without objects give \[\[\]\]"),
+        ("objects", {"objects": "cat"}, "must be a list of objects"),
+        ("objects", {"objects": [[{"label": 0}]]}, "is no object; write"),
+        ("objects", {"objects": [[{"label": 3, "box": [0, 0, 1, 1]}]]}, "label 3 is not one of the 3"),
+        ("objects", {"objects": [[{"label": "cat", "box": [0, 0, 1, 1]}]]}, "keeps no names, give a number"),
+        ("objects", {"objects": [[{"label": 0, "box": [0, 0, 1, 1.5]}]]}, "leaves the picture"),
+        ("objects", {"objects": [[{"label": 0, "box": [0, 0, 0, 1]}]]}, "has no area"),
+        ("objects", {"objects": [[{"label": 0, "box": [0, 0, 1]}]]}, "is not four numbers"),
+        ("objects", {"objects": [{"label": 0, "box": [0, 0, 1, 1]}] * 5}, "5 objects, .* at most 4"),
+        ("object_tokens", {"objects": [[{"label": -1, "box": [0, 0, 1, 1]}]]}, "label -1"),
+        ("words", {"text": "a red cot"}, "'cot' is not one of the 4 .* near it are cat"),
+        ("words", {"text": ["a", " "]}, "'text' is empty"),
+        ("words", {"text": "?!"}, "has no words"),
+        ("words", {"text": "a a a a a"}, "5 words, but the model takes at most 4"),
+        ("words", {"text": [1]}, "must be a text or a list of texts"),
         ("combined", {"class": [1]}, "'segmentation' is missing"),
         ("combined", {"text": ["a cat"]}, "no condition 'text'; it takes 'class', 'segmentation', 'depth'"),
     ],
@@ -318,7 +365,7 @@ def test_user_values_get_their_batch_axis() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["class", "segmentation", "depth", "image", "low_resolution", "edges", "combined", "codes"]
+    "name", ["class", "segmentation", "depth", "image", "low_resolution", "edges", "combined", "codes", *TOLD]
 )
 def test_a_batch_without_the_condition(name: str) -> None:
     with pytest.raises(UserError, match="the data has none"):
@@ -344,6 +391,8 @@ def test_no_null_without_dropout(name: str) -> None:
         ImageConditionConfig(source="low_resolution", scale=2),
         ImageConditionConfig(source="edges"),
         CoordinatesConditionConfig(),
+        ObjectsConditionConfig(num_classes=3),
+        TextConditionConfig(encoder=WORDS),
     ],
     ids=lambda config: getattr(config, "source", config.kind),
 )
