@@ -55,6 +55,7 @@ def start_from(model: ARModel, source: str) -> list[str]:
     same_kinds = _kinds(there.condition.model_dump()) == _kinds(model.config.condition.model_dump())
     state: dict[str, Tensor] = {}
     anew: list[str] = []
+    moved = False
     for key, value in own.items():
         found = saved.get(key)
         if key.startswith(CONDITION) and not same_kinds:
@@ -64,8 +65,7 @@ def start_from(model: ARModel, source: str) -> list[str]:
         elif found is not None and key == POSITIONS:
             prefixes = _prefix_length(there), model.transformer.prefix_length
             state[key], complete = _positions(value, found, *prefixes, _cells(model.config))
-            if not complete:
-                anew.append(f"{key} of the condition")
+            moved = not complete
         elif found is not None and found.shape == value.shape:
             state[key] = found
         else:
@@ -74,6 +74,8 @@ def start_from(model: ARModel, source: str) -> list[str]:
             anew.append(key)
     model.load_state_dict(state)
     names = _said(anew, own.keys() - set(anew))
+    if moved:
+        names.append("the condition's learned positions")
     if there.order != model.config.order:
         names.append(f"the order of writing ({there.order.kind} there, {model.config.order.kind} here)")
     return names
