@@ -123,7 +123,9 @@ class Condition(nn.Module, ABC):
         self.refuse_unknown(conditions)
         for name in self.keys:
             if name not in conditions:
-                raise UserError(f'condition {name!r} is missing; give it as {{"{name}": ...}}')
+                raise UserError(
+                    f'condition {name!r} is missing; give it as {{"{name}": ...}} or with --{name}'
+                )
         return {key: self.read_value(name, conditions[name], device) for name, key in self.keys.items()}
 
     def refuse_unknown(self, names: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stage1_vq.codes import KEPT_KEYS
 from stage2_ar.conditions.base import Condition, Grid, all_attended
 from stage2_ar.conditions.config import PictureConditionConfig
 from taming.data.dataset import PictureDataset
@@ -155,10 +156,12 @@ def check_channels(name: str, key: str, channels: int, data: PictureDataset, opt
 
 
 def needs_pictures(what: str, data: PictureDataset, key: str, else_set: str) -> UserError:
-    """The error where data gives neither `what` nor the batch's `key` that it could be made of."""
+    """The error where data does not give the batch's `key`, which `what` needs."""
     if "codes" in data.provides:
+        kept = f" --keep {key}" if key in KEPT_KEYS else ""
         return UserError(
-            f"{what} needs {key}, which these codes were stored without; encode again with `taming vq encode "
-            f"--keep {key}`, or train on the pictures themselves (data.kind=folder and tokenizer=RUN)"
+            f"{what} needs {key}, which these codes were stored without; encode data that has it again "
+            f"with `taming vq encode{kept}`, or train on the pictures themselves (data.kind=folder and "
+            "tokenizer=RUN)"
         )
     return UserError(f"{what} needs {key}, and the data has none; {else_set}")
