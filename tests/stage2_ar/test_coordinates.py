@@ -96,7 +96,7 @@ def test_no_crop(crop: list[list[float]]) -> None:
 def test_the_pipeline_fills_them_in_at_any_size(tokenizer: VQModel) -> None:
     pipe = make_pipeline(tokenizer, {"kind": "coordinates"})
     with torch.no_grad():
-        pipe.model.condition.get_submodule("out").weight.mul_(300)
+        pipe.model.condition.get_parameter("out.weight").mul_(300)
     small = pipe(num_images=2, guidance_scale=1.5)
     assert small.codes.shape == (2, 4, 4)
     large = pipe(num_images=1, height=12, width=16)
