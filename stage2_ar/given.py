@@ -110,6 +110,15 @@ class _Plane:
                 return _pixels(self.values, crop, size)
 
 
+def scale_of(condition: Condition, name: str) -> int | None:
+    """How many times larger a side the painted picture is than the one given as `name`; None where it is of
+    the same size, or the condition has no such name."""
+    if name not in condition.keys:
+        return None
+    scale = _form(condition, name).scale
+    return scale if scale > 1 else None
+
+
 def _form(condition: Condition, name: str) -> Form:
     """How a condition wants what the user calls `name`."""
     key = condition.keys[name]

@@ -88,8 +88,13 @@ class SamplingSettings:
 
 def picture_uniforms(seed: int, first_picture: int, count: int, cells: int) -> Tensor:
     """Random numbers of pictures first_picture, ...: (count, cells) float64 in [0, 1), on the CPU."""
+    return uniforms_of(seed, torch.arange(first_picture, first_picture + count), cells)
+
+
+def uniforms_of(seed: int, pictures: Tensor, cells: int) -> Tensor:
+    """Random numbers of the pictures with these numbers (n,): (n, cells) as in `picture_uniforms`."""
     rows = []
-    for picture in range(first_picture, first_picture + count):
+    for picture in pictures.tolist():
         digest = hashlib.sha256(f"{seed}/{picture}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         rows.append(torch.rand(cells, generator=generator, dtype=torch.float64))
