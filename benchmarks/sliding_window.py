@@ -1,15 +1,21 @@
-"""Sliding window over a 32 x 64 grid, large model, segmentation-like prefix of 256 positions: codes a second.
+"""Any size: codes a second on a 64 x 64 grid, large model, segmentation-like prefix of 256 positions.
 
-    python benchmarks/sliding_window.py [--size large] [--repeats 1]
+    python benchmarks/sliding_window.py [--size large] [--repeats 1] [--columns 16]
 
-Greedy. Only row 16, a middle one, is drawn; all other cells are given (the upper rows of a picture are
-cheaper). "as published" runs 511 inputs for each code, without a cache: it is timed on a few of the row's
-cells, and must draw the codes that ours drew there in fp32. The published arithmetic is fp32.
+Greedy. Of the sliding window only some middle columns of row 32 are drawn; all other cells are given (the
+upper rows and the edges of a picture are cheaper). "as published" runs 511 inputs for each code, without a
+cache: it is timed on a few of these cells, and must draw the codes that ours drew there in fp32. The
+published arithmetic is fp32.
+
+"attention window" is a transformer of the same depth and width that was built with a window of (8, 7): its
+cost does not depend on the place, so it writes from the first cell on and is timed when as many rows as
+there will ever be go forward together.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -24,20 +30,25 @@ from stage2_ar.conditions import crop_prefix
 from stage2_ar.inference import for_inference
 from stage2_ar.sampling import SamplingSettings, picture_uniforms
 from stage2_ar.sliding_window import Schedule, place_windows, sample_sliding
-from stage2_ar.transformer import Transformer
+from stage2_ar.transformer import Transformer, build_transformer
+from stage2_ar.transformer_config import LlamaConfig
+from stage2_ar.windowed_sampling import sample_windowed
 from taming.types import Prefix
 
-GRID, WINDOW, ROW = (32, 64), (16, 16), 16
+GRID, WINDOW, ROW = (64, 64), (16, 16), 32
+ATTENTION_WINDOW = (8, 7)
+STEPS = 12
+"""Of the model with an attention window, that are timed."""
 GREEDY = SamplingSettings(greedy=True)
 
 
 def run_ours(
-    model: Transformer, condition: Tensor, given: Tensor, stride: int, schedule: Schedule
+    model: Transformer, condition: Tensor, given: Tensor, columns: range, stride: int, schedule: Schedule
 ) -> tuple[Tensor, float]:
     embeddings = model.token_embedding(condition.flatten(1)).detach()
     whole = Prefix(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool), segments=(GRID,))
     mask = torch.ones(1, *GRID, dtype=torch.bool)
-    mask[:, ROW] = False
+    mask[:, ROW, columns.start : columns.stop] = False
     start = time.perf_counter()
     codes = sample_sliding(
         model,
@@ -50,11 +61,42 @@ def run_ours(
         schedule=schedule,
         stride=stride,
     )
-    return codes, GRID[1] / (time.perf_counter() - start)
+    return codes, len(columns) / (time.perf_counter() - start)
+
+
+class _EnoughError(Exception):
+    """Stops sampling once as many steps as wanted are timed."""
+
+
+def windowed_model(size: str) -> Transformer:
+    """As many layers and as wide as the others; its aligned condition costs nothing worth a figure."""
+    layers, width, heads = SIZES[size]
+    torch.manual_seed(0)
+    config = LlamaConfig(num_layers=layers, num_heads=heads, width=width, attention_window=ATTENTION_WINDOW)
+    return build_transformer(config, vocabulary_size=VOCABULARY, grid=WINDOW, prefix_length=1).eval()
+
+
+def run_windowed(model: Transformer, schedule: Schedule) -> float:
+    """The rate once all rows that go forward together have begun."""
+    full = GRID[1] if schedule == "wavefront" else 4
+    marks: list[tuple[float, int]] = []
+
+    def watch(done: int, total: int) -> None:
+        marks.append((time.perf_counter(), done))
+        if len(marks) == full + 1 + STEPS:
+            raise _EnoughError
+
+    embeddings = model.token_embedding.weight[:1].detach()[None]
+    prefix = Prefix(embeddings, torch.ones(1, 1, dtype=torch.bool))
+    uniforms = picture_uniforms(0, 0, 1, GRID[0] * GRID[1])
+    with contextlib.suppress(_EnoughError):
+        sample_windowed(model, prefix, None, GRID, uniforms, GREEDY, schedule=schedule, progress=watch)
+    (begin, before), (end, after) = marks[-1 - STEPS], marks[-1]
+    return (after - before) / (end - begin)
 
 
 @torch.inference_mode()
-def run_published(model: PublishedGPT, condition: Tensor, codes: Tensor, columns: list[int]) -> float:
+def run_published(model: PublishedGPT, condition: Tensor, codes: Tensor, columns: range) -> float:
     """The rate over some cells of the row; raises where a code is not the one in `codes`."""
     places = {(place.row, place.column): place for place in place_windows(GRID, WINDOW)}
     seconds = 0.0
@@ -79,7 +121,8 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=list(SIZES), default="large")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--published-cells", type=int, default=4)
+    parser.add_argument("--columns", type=int, default=16, help="of row 32, drawn by the sliding window")
+    parser.add_argument("--published-cells", type=int, default=3)
     parser.add_argument("--wavefront", action="store_true", help="also time the wavefront schedule")
     arguments = parser.parse_args()
     ours = our_gpt(arguments.size, prefix_length=256).eval()
@@ -90,24 +133,33 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     condition = torch.randint(VOCABULARY, (1, *GRID), generator=generator)
     given = torch.randint(VOCABULARY, (1, *GRID), generator=generator)
-    codes, _ = run_ours(exact, condition, given, 1, "serial")
-    half_window = GRID[1] // 2
-    columns = list(range(half_window, half_window + arguments.published_cells))
+    columns = range((GRID[1] - arguments.columns) // 2, (GRID[1] + arguments.columns) // 2)
+    few = columns[: arguments.published_cells]
+    codes, _ = run_ours(exact, condition, given, columns, 1, "serial")
     run_published(published, condition, codes, columns[:1])
+    windowed = windowed_model(arguments.size)
+    rows = GRID[1] // (ATTENTION_WINDOW[1] + 1) + 1
+    windowed_half = for_inference(windowed, torch.bfloat16, rows=1)
+    windowed_rows = for_inference(windowed, torch.bfloat16, rows=rows)
     contenders: dict[str, Callable[[], float]] = {
-        "as published, fp32": lambda: run_published(published, condition, codes, columns),
-        "exact, fp32": lambda: run_ours(exact, condition, given, 1, "serial")[1],
-        "exact, bf16": lambda: run_ours(half, condition, given, 1, "serial")[1],
-        "stride 8, fp32": lambda: run_ours(exact, condition, given, 8, "serial")[1],
-        "stride 8, bf16": lambda: run_ours(half, condition, given, 8, "serial")[1],
+        "as published, fp32": lambda: run_published(published, condition, codes, few),
+        "exact, fp32": lambda: run_ours(exact, condition, given, columns, 1, "serial")[1],
+        "exact, bf16": lambda: run_ours(half, condition, given, columns, 1, "serial")[1],
+        "stride 8, fp32": lambda: run_ours(exact, condition, given, columns, 8, "serial")[1],
+        "stride 8, bf16": lambda: run_ours(half, condition, given, columns, 8, "serial")[1],
+        "attention window, serial, fp32": lambda: run_windowed(windowed, "serial"),
+        "attention window, serial, bf16": lambda: run_windowed(windowed_half, "serial"),
+        f"attention window, {rows} rows at once, bf16": lambda: run_windowed(windowed_rows, "wavefront"),
     }
     if arguments.wavefront:
-        contenders["exact by wavefront, bf16"] = lambda: run_ours(half, condition, given, 1, "wavefront")[1]
+        contenders["exact by wavefront, bf16"] = lambda: run_ours(
+            half, condition, given, columns, 1, "wavefront"
+        )[1]
     rates = interleaved(contenders, arguments.repeats)
     base = rates["as published, fp32"]
-    title = f"Sliding window, {arguments.size}, row {ROW} of 32 x 64, {torch.get_num_threads()} threads"
-    rows = [[name, f"{rate:.2f}", f"{rate / base:.1f}"] for name, rate in rates.items()]
-    print_table(title, ["", "codes/s", "x published"], rows)
+    title = f"Any size, {arguments.size}, {GRID[0]} x {GRID[1]} cells, {torch.get_num_threads()} threads"
+    lines = [[name, f"{rate:.2f}", f"{rate / base:.1f}"] for name, rate in rates.items()]
+    print_table(title, ["", "codes/s", "x published"], lines)
 
 
 if __name__ == "__main__":
