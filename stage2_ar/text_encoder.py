@@ -33,6 +33,15 @@ CACHE_BYTES = 256 * 2**20
 _BROKEN = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 """What the library raises on folders that are not what they should be."""
 
+_TEXT_PARTS = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+"""Kinds of models of which the text encoder is a part; of all others, the whole is taken."""
+
 
 @dataclass(frozen=True)
 class OpenedEncoder:
@@ -83,14 +92,8 @@ def _load(name: str | Path, local: bool) -> tuple[nn.Module, Any]:
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     config = transformers.AutoConfig.from_pretrained(name, **options)
-    named_models: dict[str, Any] = {
-        "clip": transformers.CLIPTextModel,
-        "clip_text_model": transformers.CLIPTextModel,
-        "t5": transformers.T5EncoderModel,
-        "mt5": transformers.MT5EncoderModel,
-        "umt5": transformers.UMT5EncoderModel,
-    }
-    kind = named_models.get(config.model_type, transformers.AutoModel)
+    # By its name, for transformers imports a model's code when its class is asked for.
+    kind = getattr(transformers, _TEXT_PARTS.get(config.model_type, "AutoModel"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     return kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **options), tokenizer
 
