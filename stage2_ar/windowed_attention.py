@@ -252,7 +252,8 @@ class WindowStep:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.cache = cache
-        self.rotation = rotary_2d(places, head_dim, rotary_base)
+        cos, sin = rotary_2d(places, head_dim, rotary_base)
+        self.rotation = cos.to(dtype), sin.to(dtype)
         rows, columns = places[:, 0], places[:, 1]
         self.write = rows % cache.num_rows * cache.row_length + columns  # (A,)
         rows_above, reach = window
