@@ -10,6 +10,8 @@ from stage2_ar.conditions.config import (
     ImageConditionConfig,
     SegmentationConditionConfig,
 )
+from stage2_ar.conditions.objects_config import ObjectsConditionConfig
+from stage2_ar.conditions.text_config import TextConditionConfig, WordsConfig
 from stage2_ar.shown import condition_rows
 
 
@@ -44,3 +46,17 @@ def test_what_is_no_picture_is_not_shown() -> None:
     # Codes that were stored without the pictures.
     edges = build_condition(ImageConditionConfig(source="edges"), width=8, downsample_factor=4)
     assert condition_rows(edges, {"codes": torch.zeros(2, 2, 2)}, (8, 8)) == []
+
+
+def test_layouts_and_captions_are_drawn() -> None:
+    objects = ObjectsConditionConfig(num_classes=2, names=("cat", "dog"))
+    text = TextConditionConfig(encoder=WordsConfig(vocabulary=("a", "cat")))
+    condition = build_condition(
+        CombinedConditionConfig(conditions=[objects, text]), width=8, downsample_factor=4
+    )
+    layouts = [[{"label": 1, "box": (0.25, 0.5, 0.75, 1.0)}], []]
+    drawn, written = condition_rows(condition, {"objects": layouts, "text": ["a cat", "a"]}, (32, 32))
+    assert drawn.shape == written.shape == (2, 3, 32, 32)
+    assert (drawn[0, :, 16, 8:23].amin(0) < 1).all()  # the upper edge of the box
+    assert (drawn[1] == 1).all()
+    assert not torch.equal(written[0], written[1])
