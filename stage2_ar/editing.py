@@ -1,8 +1,8 @@
 """Painting on pictures that are there: completion, in- and outpainting, variations; and between conditions.
 
 What is kept is kept as codes, exactly. A decoder paints a cell by its neighbours too, so that the pixels of
-kept cells change a little near what is new, and everywhere by what the tokenizer loses: `keep_pixels` puts the
-original's pixels back outside of the mask.
+kept cells change a little near what is new, and everywhere by what the tokenizer loses: `keep_pixels` puts
+the original's pixels back outside of the mask.
 
 A model of raster order only looks back: what is painted in a hole does not see what is known to the right of
 and below it. `best_of` chooses among several pictures those in which what comes after the hole is the most
@@ -16,11 +16,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from stage2_ar.conditions.base import batch_size_of
 from stage2_ar.masks import (
@@ -49,9 +48,9 @@ class Editing(ABC):
     """The ways of painting that `ARPipeline` has beside painting from nothing.
 
     Pictures are (B, C, H, W) in [-1, 1], H and W multiples of the downsample factor, and may be larger than
-    the model was trained on. One picture serves all conditions; else there is one a condition, and without a
-    condition `num_images` are made of each. All take the options of `ARPipeline.__call__`, and raise UserError
-    for sizes, masks, conditions or settings that do not fit.
+    the model was trained on. One picture serves all conditions; else there is one a condition, and without
+    a condition `num_images` are made of each. All take the options of `ARPipeline.__call__`, and raise
+    UserError for sizes, masks, conditions or settings that do not fit.
     """
 
     model: ARModel
@@ -157,12 +156,8 @@ class Editing(ABC):
         mask[:, top : top + rows, left : left + columns] = False
         codes = self.encode(images, tile=options.get("tile"))
         placed = codes.new_zeros(len(codes), height // factor, width // factor)
-        cells = (
-            slice(top // factor, (top + rows) // factor),
-            slice(left // factor, (left + columns) // factor),
-        )
-        placed[:, cells[0], cells[1]] = codes
         known = ~touched_cells(mask, factor)
+        placed[known.expand_as(placed).to(placed.device)] = codes.flatten()
         return self._edit(frame, known, mask, conditions, keep_pixels, soft_border, options, codes=placed)
 
     def vary(
