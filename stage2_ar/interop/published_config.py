@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stage1_vq.interop.published_config import FAMILIES, Part, only_known, section_of
 from taming.config import read_yaml
@@ -20,6 +20,7 @@ GPT = "taming.modules.transformer.mingpt.GPT"
 LABELS = "taming.modules.util.Labelator"
 START = "taming.modules.util.SOSProvider"
 COORDINATES = "taming.modules.misc.coord.CoordStage"
+OBJECTS = "taming.models.dummy_cond_stage.DummyCondStage"
 PERMUTERS = "taming.modules.transformer.permuter."
 PERMUTER_KINDS = (
     "Identity",
@@ -86,7 +87,17 @@ class CodesOf:
     """downsample_cond_size: height and width that the map is brought to first."""
 
 
-PublishedCondition = StartToken | Labels | CoordinateTokens | CodesOf
+@dataclass(frozen=True)
+class ObjectTokens:
+    """A layout of objects. The file's data section says how it was made; None where it does not."""
+
+    place: Literal["box", "centre"]
+    num_tokens: int | None
+    max_objects: int | None
+    crop: bool | None
+
+
+PublishedCondition = StartToken | Labels | CoordinateTokens | CodesOf | ObjectTokens
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,8 @@ def read_published_transformer(path: Path) -> PublishedTransformer | PublishedGP
     """
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist; give the YAML file that came with the checkpoint")
-    section = section_of(read_yaml(path), "model", path)
+    values = read_yaml(path)
+    section = section_of(values, "model", path)
     target, params = section.get("target"), section_of(section, "params", path)
     if target == GPT:
         return _gpt(params, path)
@@ -132,7 +144,7 @@ def read_published_transformer(path: Path) -> PublishedTransformer | PublishedGP
         )
     kind, grid = _permuter(params.get("permuter_config"), path)
     gpt = _gpt(section_of(transformer, "params", path), path)
-    return PublishedTransformer(gpt, _condition(params, path), kind, grid)
+    return PublishedTransformer(gpt, _condition(params, values.get("data"), path), kind, grid)
 
 
 def _gpt(params: dict[str, Any], path: Path) -> PublishedGPT:
@@ -156,7 +168,7 @@ def _gpt(params: dict[str, Any], path: Path) -> PublishedGPT:
     return gpt
 
 
-def _condition(params: dict[str, Any], path: Path) -> PublishedCondition:
+def _condition(params: dict[str, Any], data: Any, path: Path) -> PublishedCondition:
     stage = params.get("cond_stage_config")
     if params.get("unconditional") is True or stage == "__is_unconditional__":
         return StartToken(_whole(params, "sos_token", 0, path))
@@ -172,10 +184,10 @@ def _condition(params: dict[str, Any], path: Path) -> PublishedCondition:
         return CodesOf("cond_stage_model", key, resize)
     if not isinstance(inner, dict):
         raise ConfigError(f"{path}: cond_stage_config.params is {inner!r}, not a mapping")
-    if target not in (LABELS, START, COORDINATES):
+    if target not in (LABELS, START, COORDINATES, OBJECTS):
         raise ConfigError(
             f"{path}: cond_stage_config.target {target!r} cannot be imported; known are {LABELS}, {START}, "
-            f"{COORDINATES} and the autoencoders {', '.join(FAMILIES)}"
+            f"{COORDINATES}, {OBJECTS} and the autoencoders {', '.join(FAMILIES)}"
         )
     if resize is not None:
         raise ConfigError(
@@ -187,8 +199,28 @@ def _condition(params: dict[str, Any], path: Path) -> PublishedCondition:
     if target == START:
         only_known(inner, {"sos_token", "quantize_interface"}, {"sos_token"}, path)
         return StartToken(_whole(inner, "sos_token", 0, path))
+    if target == OBJECTS:
+        only_known(inner, {"conditional_key"}, set(), path)
+        return _objects(str(inner.get("conditional_key", key)), data, path)
     only_known(inner, {"n_embed", "down_factor"}, {"n_embed", "down_factor"}, path)
     return CoordinateTokens(_whole(inner, "n_embed", 0, path), _whole(inner, "down_factor", 0, path))
+
+
+def _objects(key: str, data: Any, path: Path) -> ObjectTokens:
+    """What the data set of the training made of boxes: it, not the model, knows."""
+    places: dict[str, Literal["box", "centre"]] = {"objects_bbox": "box", "objects_center_points": "centre"}
+    if key not in places:
+        raise ConfigError(f"{path}: conditional_key {key!r} is not known; known are {', '.join(places)}")
+    for name in ("params", "train", "params"):
+        data = data.get(name) if isinstance(data, dict) else None
+    made = data if isinstance(data, dict) else {}
+    crop = made.get("encode_crop")
+    return ObjectTokens(
+        places[key],
+        _whole(made, "no_tokens", 0, path) or None,
+        _whole(made, "max_objects_per_image", 0, path) or None,
+        crop if isinstance(crop, bool) else None,
+    )
 
 
 def _permuter(value: Any, path: Path) -> tuple[str, tuple[int, int] | None]:

@@ -3,7 +3,7 @@
 Published models keep condition tokens and codes in one table. Here the condition says so in its config, and
 otherwise stands beside the transformer as every other does.
 
-Axes: h w cells, P prefix positions, N cells in the order of writing.
+Axes: h w cells, P prefix positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stage1_vq import VQModel
@@ -22,27 +21,20 @@ from stage1_vq.interop.checkpoint import file_hash, read_checkpoint, tensors_of
 from stage1_vq.interop.imported import Imported, grouped
 from stage1_vq.interop.published_config import Part, read_published
 from stage1_vq.interop.taming_transformers import tokenizer_from
-from stage2_ar.conditions.config import (
-    ClassConditionConfig,
-    CodesConditionConfig,
-    CoordinatesConditionConfig,
-    NoConditionConfig,
-    SingleCondition,
-)
-from stage2_ar.conditions.tokenizers import facts_of, parts_with_tokenizer
+from stage2_ar.conditions.config import SingleCondition
+from stage2_ar.conditions.tokenizers import parts_with_tokenizer
 from stage2_ar.config import ARModelConfig
 from stage2_ar.interop.mingpt import ImportedGPT, read_gpt
 from stage2_ar.interop.published_config import (
     CodesOf,
-    CoordinateTokens,
-    Labels,
     PublishedCondition,
     PublishedTransformer,
     StartToken,
     read_published_transformer,
 )
+from stage2_ar.interop.translation import condition_of, grid_of, order_of
 from stage2_ar.model import ARModel
-from stage2_ar.order import Grid, OrderConfig, cells_in_order, inverse
+from stage2_ar.order import Grid, OrderConfig
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.transformer import Transformer, build_transformer
 from taming.artifact import load_state
@@ -50,8 +42,6 @@ from taming.errors import ArtifactError, ConfigError
 
 FIRST_STAGE: Part = "first_stage_model"
 CONDITION_STAGE: Part = "cond_stage_model"
-SHUFFLES = ("permuter.forward_shuffle_idx", "permuter.backward_shuffle_idx")
-NAMED_ORDERS = ("raster", "alternating", "z_curve", "subsample", "spiral_out", "spiral_in")
 
 
 @dataclass(frozen=True)
@@ -108,19 +98,20 @@ def import_transformer(
         )
     tensors = tensors_of(read_checkpoint(checkpoint), checkpoint, "state_dict")
     gpt = read_gpt(tensors, published, checkpoint)
-    condition: SingleCondition = NoConditionConfig(start_token=0)
+    notes = [*gpt.notes]
+    stage: PublishedCondition = StartToken(0)
     if condition_tokenizer is not None:
-        condition = _codes_condition(condition_tokenizer, None)
-    grid = _grid(tokenizer, size, None)
+        stage = CodesOf(CONDITION_STAGE, condition_tokenizer.config.input, None)
+    else:
+        notes.append("the sequence is taken to begin with the start token 0")
+    grid = grid_of(stage, condition_tokenizer, tokenizer, gpt, size, None, notes)
+    condition = condition_of(stage, condition_tokenizer, tokenizer, gpt, notes)
     model = _build(gpt, condition, condition_tokenizer, tokenizer, grid, OrderConfig(), checkpoint)
-    notes = gpt.notes
-    if condition_tokenizer is None:
-        notes = (*notes, "the sequence is taken to begin with the start token 0")
     return ImportedPipeline(
         ARPipeline(model, tokenizer),
         num_used=len(tensors) - len(gpt.masks),
         left_out=grouped(("constant attention masks", name) for name in gpt.masks),
-        notes=notes,
+        notes=tuple(notes),
         origin=_origin(checkpoint, config),
     )
 
@@ -178,9 +169,9 @@ def _with_its_tokenizers(
     first = tokenizers[FIRST_STAGE].model
     second = tokenizers[stage.part].model if isinstance(stage, CodesOf) else None
     notes = [*gpt.notes]
-    grid = _grid(first, size, published.permuter_grid)
-    order = _order(parts.get("permuter", {}), grid, published.permuter, checkpoint, notes)
-    condition = _condition(stage, second, first, gpt)
+    grid = grid_of(stage, second, first, gpt, size, published.permuter_grid, notes)
+    order = order_of(parts.get("permuter", {}), grid, published.permuter, checkpoint, notes)
+    condition = condition_of(stage, second, first, gpt, notes)
     model = _build(gpt, condition, second, first, grid, order, checkpoint)
     left_out = [("constant attention masks", name) for name in gpt.masks]
     for name, tensors in parts.items():
@@ -207,108 +198,6 @@ def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for name, value in tensors.items():
         parts.setdefault(name.partition(".")[0], {})[name] = value
     return parts
-
-
-def _grid(tokenizer: VQModel, size: tuple[int, int] | None, permuter_grid: Grid | None) -> Grid:
-    """(h, w) cells that a transformer was trained on."""
-    factor = tokenizer.spec.downsample_factor
-    if size is not None:
-        if size[0] % factor or size[1] % factor or min(size) < factor:
-            raise ConfigError(
-                f"size {size[0]}x{size[1]} does not divide into cells of {factor}x{factor} pixels; give "
-                f"{max(size[0] // factor, 1) * factor}x{max(size[1] // factor, 1) * factor}"
-            )
-        return size[0] // factor, size[1] // factor
-    if permuter_grid is not None:
-        return permuter_grid
-    side = tokenizer.config.resolution // factor
-    return side, side
-
-
-def _order(
-    shuffles: Mapping[str, Tensor], grid: Grid, kind: str, source: Path, notes: list[str]
-) -> OrderConfig:
-    """The checkpoint's order: its indices decide, whatever it is called."""
-    if not shuffles:
-        if kind != "Identity":
-            raise ArtifactError(
-                f"checkpoint {source} has no {SHUFFLES[0]}, though the YAML file names the permuter {kind}; "
-                "the order would be a guess: give the file that came with this checkpoint"
-            )
-        return OrderConfig()
-    unknown = sorted(shuffles.keys() - set(SHUFFLES))
-    forward = shuffles.get(SHUFFLES[0])
-    if forward is None or unknown or forward.is_floating_point():
-        raise ArtifactError(
-            f"checkpoint {source}: the permuter's tensors are {', '.join(sorted(shuffles))}; known are the "
-            f"whole numbers {' and '.join(SHUFFLES)}"
-        )
-    cells, count = forward.flatten().long(), grid[0] * grid[1]
-    if len(cells) != count:
-        raise ArtifactError(
-            f"checkpoint {source}: its order has {len(cells)} cells, and a picture of "
-            f"{grid[0]}x{grid[1]} cells {count}; give the size that it was trained on (--size HxW)"
-        )
-    if not torch.equal(cells.sort().values, torch.arange(count)):
-        raise ArtifactError(f"checkpoint {source}: {SHUFFLES[0]} does not hold each of 0 to {count - 1} once")
-    backward = shuffles.get(SHUFFLES[1])
-    if backward is not None and not torch.equal(backward.flatten().long(), inverse(cells)):
-        notes.append(f"{SHUFFLES[1]} is not the inverse of the order; the inverse is taken")
-    for name in NAMED_ORDERS:
-        order = OrderConfig.model_validate({"kind": name})
-        if torch.equal(cells_in_order(order, grid), cells):
-            return order
-    return OrderConfig(kind="given", cells=tuple(cells.tolist()))
-
-
-def _condition(
-    stage: PublishedCondition, second: VQModel | None, first: VQModel, gpt: ImportedGPT
-) -> SingleCondition:
-    table = gpt.config.table_size
-    assert table is not None
-    match stage:
-        case StartToken(token):
-            if not 0 <= token < table:
-                raise ConfigError(f"sos_token {token} is no entry of the table, which has 0 to {table - 1}")
-            return NoConditionConfig(start_token=token)
-        case Labels(count):
-            if not 1 <= count <= table:
-                raise ConfigError(
-                    f"n_classes {count} does not fit the table, which has {table} entries: a class is one of "
-                    "them"
-                )
-            return ClassConditionConfig(num_classes=count, shared_vocabulary=True)
-        case CoordinateTokens(levels, factor):
-            if factor != first.spec.downsample_factor:
-                raise ConfigError(
-                    f"down_factor {factor} of the coordinates is not the tokenizer's downsample factor, "
-                    f"{first.spec.downsample_factor}"
-                )
-            if not 1 <= levels <= table:
-                raise ConfigError(
-                    f"n_embed {levels} of the coordinates is not between 1 and the table's {table}"
-                )
-            return CoordinatesConditionConfig(levels=levels)
-        case CodesOf():
-            assert second is not None
-            if second.spec.codebook_size > table:
-                raise ConfigError(
-                    f"the condition has {second.spec.codebook_size} codes and the shared table only {table} "
-                    "entries; give the YAML file that came with this checkpoint"
-                )
-            factors = second.spec.downsample_factor, first.spec.downsample_factor
-            if stage.resize is None and factors[0] != factors[1]:
-                raise ConfigError(
-                    f"the condition's tokenizer makes a cell of {factors[0]} pixels and the picture's one of "
-                    f"{factors[1]}; only equal ones can be imported"
-                )
-            return _codes_condition(second, stage.resize)
-
-
-def _codes_condition(tokenizer: VQModel, resize: int | None) -> CodesConditionConfig:
-    return CodesConditionConfig(
-        facts=facts_of(tokenizer), placement="prefix", resize=resize, shared_vocabulary=True
-    )
 
 
 def _build(

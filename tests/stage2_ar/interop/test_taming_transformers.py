@@ -193,6 +193,47 @@ def test_the_first_stage_on_a_smaller_second_picture(tmp_path: Path) -> None:
     agrees(pipe, gpt, {"image": second}, tokens)
 
 
+@pytest.mark.parametrize("key", ["objects_bbox", "objects_center_points"])
+def test_layouts_of_objects(tmp_path: Path, key: str) -> None:
+    """Class and corners (or centre) of each object, the rest padded, and the crop, which is all."""
+    each = 3 if key == "objects_bbox" else 2
+    gpt, first = random_gpt(TABLE, 4 * each + 2 + CELLS), tokenizer_of()
+    objects = {
+        "target": "taming.models.dummy_cond_stage.DummyCondStage",
+        "params": {"conditional_key": key},
+    }
+    description = container_yaml(gpt, first, objects, key)
+    made = {"no_tokens": 37, "max_objects_per_image": 4, "encode_crop": True, "split": "train"}
+    description["data"] = {"target": "main.DataModuleFromConfig", "params": {"train": {"params": made}}}
+    pipe = imported(tmp_path, checkpoint_of(gpt, first), description, size=SIZE)
+    layout = [{"label": 5, "box": (0.0, 0.2, 1.0, 0.8)}, {"label": 2, "box": (0.2, 0.2, 0.4, 0.6)}]
+    if each == 3:  # 6 sections a side: 0.2 is the first, 0.4 the second
+        tokens = [5, 6, 29, 2, 7, 20, *[36] * 6, 0, 35]
+    else:  # centres (0.5, 0.5) and (0.3, 0.4); halves go to even sections
+        tokens = [5, 14, 2, 14, *[36] * 4, 0, 35]
+    agrees(pipe, gpt, {"objects": [layout, layout]}, torch.tensor([tokens, tokens]))
+
+
+@pytest.mark.parametrize(
+    ("block", "condition", "side", "note"),
+    [
+        (17, "__is_unconditional__", 4, None),
+        (64, "__is_unconditional__", 4, "it has 48 positions more"),
+        (9, "__is_unconditional__", 3, "12x12, which fill its 9 positions"),
+    ],
+)
+def test_the_size_that_is_taken(
+    tmp_path: Path, block: int, condition: str, side: int, note: str | None
+) -> None:
+    gpt, first = random_gpt(TABLE, block), tokenizer_of()
+    description = container_yaml(gpt, first, condition, "image")
+    checkpoint, config = write_published(tmp_path, checkpoint_of(gpt, first), description)
+    result = import_transformer(checkpoint, config=config)
+    assert result.pipeline.model.config.grid == (side, side)
+    assert any("taken to be trained" in said for said in result.notes) == (note is not None)
+    assert note is None or any(note in said for said in result.notes)
+
+
 def test_codes_that_are_kept(tmp_path: Path) -> None:
     """quantize.used: the transformer numbers the codes that are left."""
     gpt, first = random_gpt(CODES, 64), tokenizer_of()
