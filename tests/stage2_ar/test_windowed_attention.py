@@ -13,12 +13,13 @@ from torch import Tensor
 
 from stage2_ar import windowed_attention
 from stage2_ar.conditions.config import NoConditionConfig, SegmentationConditionConfig
-from stage2_ar.config import ARModelConfig
+from stage2_ar.config import ARModelConfig, ARTrainConfig
 from stage2_ar.model import ARModel
 from stage2_ar.order import OrderConfig
 from stage2_ar.transformer import Transformer, build_transformer
 from stage2_ar.transformer_config import LlamaConfig
 from stage2_ar.windowed_attention import WindowGrid
+from taming.config import load_config
 from taming.errors import UserError
 from taming.layers.position import rotary_2d, rotate
 from taming.types import Prefix
@@ -279,3 +280,18 @@ def test_one_row_after_one_position_is_full_attention() -> None:
     codes = torch.randint(VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
     # The prefix's key is zero: how a query is turned towards it cannot matter.
     assert torch.allclose(full(codes, prefix), windowed(codes, prefix), atol=1e-5)
+
+
+def test_the_shipped_config_writes_any_size() -> None:
+    overrides = ["data.root=/nowhere", "tokenizer=/nowhere"]
+    config = load_config(ARTrainConfig, "segmentation_any_size", overrides, group="stage2")
+    small = config.transformer.model_copy(update={"num_layers": 1, "num_heads": 2, "width": WIDTH})
+    model = ARModel(
+        ARModelConfig(
+            transformer=small, condition=config.condition, vocabulary_size=VOCABULARY, grid=(4, 4),
+            downsample_factor=4, tokenizer_hash="0" * 64,
+        )
+    ).eval()  # fmt: skip
+    assert model.transformer.window == (8, 7)
+    codes = torch.zeros(1, 6, 11, dtype=torch.int64)
+    assert model(codes, model.condition.example(1, (6, 11))).shape == (1, 66, VOCABULARY)
