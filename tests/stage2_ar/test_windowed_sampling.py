@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -132,15 +133,19 @@ def test_known_cells_stay(schedule: Literal["serial", "wavefront"]) -> None:
     assert not torch.equal(codes[~mask], free[~mask])
 
 
+def _into(seen: list[tuple[int, ...]]) -> Callable[[int, int], None]:
+    return lambda done, total: seen.append((done, total))
+
+
 def test_progress_and_refusals() -> None:
     grid = (3, 5)
     model, prefix = windowed_transformer((2, 2)), windowed_prefix(1, grid)
     uniforms = picture_uniforms(0, 0, 1, 15)
     for schedule in ("serial", "wavefront"):
-        seen: list[tuple[int, int]] = []
+        seen: list[tuple[int, ...]] = []
         sample_windowed(
             model, prefix, None, grid, uniforms, SamplingSettings(), schedule=schedule,
-            progress=lambda done, total, seen=seen: seen.append((done, total)),
+            progress=_into(seen),
         )  # fmt: skip
         assert seen[0] == (1, 15)
         assert seen[-1] == (15, 15)
