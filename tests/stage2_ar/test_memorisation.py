@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from stage1_vq import VQModel
 from stage1_vq.codes import write_codes
 from stage1_vq.config import VQModelConfig
 from stage2_ar import ARPipeline
+from stage2_ar.cli import app
 from stage2_ar.codes import CodeDataset
 from stage2_ar.config import MemorisationConfig
 from stage2_ar.evaluate import evaluate_pipeline, open_data
@@ -155,3 +158,17 @@ def test_a_data_set_without_held_out_pictures_is_refused(tmp_path: Path) -> None
     config = ScenesDataConfig(size=8, num_train=4, num_validation=0)
     with pytest.raises(UserError, match="no held-out pictures"):
         measure_memorisation(pipe, open_dataset(config, "train"), open_dataset(config, "validation"))
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    pipe = make_pipeline(fixed_tokenizer(), {"kind": "class", "num_classes": 5})
+    pipe.save_pretrained(tmp_path / "pipe")
+    data = ["scenes", "-o", "num_train=6", "-o", "num_validation=4", "-o", "size=8"]
+    line = ["eval", str(tmp_path / "pipe"), *data, "--memorisation", "--num", "3"]
+    told = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert "learned by heart: samples share" in told.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "memorisation.png"}
+    facts = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (facts["samples"], facts["pictures"], facts["training_pictures"]) == (3, 4, 6)
+    with pytest.raises(UserError, match="compares both splits"):
+        CliRunner().invoke(app, [*line, "--split", "train"], catch_exceptions=False)
