@@ -50,6 +50,8 @@ class KVCache:
     """(B or 1, h * w, D) in the order of writing: what is added to the input that predicts each cell."""
     prefix_mask: Tensor | None
     """(B, P) bool where some prefix position must not be attended, else None."""
+    visible: Tensor | None = None
+    """(B, 1, 1, L_max) bool: what every code may attend to, where there is a prefix mask, else None."""
     length: int = 0
     """Input positions whose keys and values are there."""
 
@@ -72,6 +74,41 @@ class Attend:
     cache: KVCache | None = None
     last: Tensor | None = None
     """(B,) int64: the one position a sequence that the last block answers; None: the last one."""
+
+
+@dataclass(frozen=True)
+class AttendOne:
+    """How the one position of a decoding step attends; the same for every layer.
+
+    `position` is a number, and only what is written so far is read; or it is a tensor (1,) int64, all of the
+    cache is read, and shapes are those of every other step, as a captured graph needs them.
+    """
+
+    cache: KVCache
+    position: int | Tensor
+    rotation: Rotation | None
+    """(cos, sin), each ([B, 1, 1,] C / 2)."""
+    mask: Tensor | None
+    """Broadcast to (B, H, 1, keys), bool or added to the scores; None: all are attended."""
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep key and value (B, H, C); returns those that are read, (B, H, keys, C) each."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if isinstance(self.position, Tensor):
+            keys.index_copy_(2, self.position, key[:, :, None])
+            values.index_copy_(2, self.position, value[:, :, None])
+            return keys, values
+        keys[:, :, self.position], values[:, :, self.position] = key, value
+        return keys[:, :, : self.position + 1], values[:, :, : self.position + 1]
+
+
+def one_rotation(rotation: Rotation, position: int | Tensor) -> Rotation:
+    """(cos, sin) of one position, each ([B, 1,] T, C / 2) -> ([B, 1, 1,] C / 2), for `AttendOne`."""
+    if isinstance(position, Tensor):
+        cos, sin = (table.index_select(-2, position).squeeze(-2) for table in rotation)
+    else:
+        cos, sin = (table[..., position, :] for table in rotation)
+    return (cos, sin) if cos.ndim == 1 else (cos[:, None], sin[:, None])
 
 
 def attention_mask(
@@ -135,6 +172,20 @@ class CausalAttention(nn.Module):
                 query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal
             )
         projected: Tensor = self.proj(rearrange(out, "b h t c -> b t (h c)"))
+        return projected
+
+    def step(self, x: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """`forward` for one position a sequence, without what only longer calls need: (B, D) -> (B, D)."""
+        # Views in place of einops: a step of a small model is a hundred microseconds a layer.
+        qkv = self.qkv(x).view(x.shape[0], 3, self.heads, -1)
+        pair, value = qkv[:, :2], qkv[:, 2]
+        if self.query_norm is not None and self.key_norm is not None:
+            pair = torch.stack((self.query_norm(qkv[:, 0]), self.key_norm(qkv[:, 1])), dim=1)
+        if attend.rotation is not None:
+            pair = rotate(pair, attend.rotation)
+        keys, values = attend.write(layer, pair[:, 1], value)
+        out = scaled_dot_product_attention(pair[:, 0, :, None], keys, values, attn_mask=attend.mask)
+        projected: Tensor = self.proj(out.reshape(x.shape))
         return projected
 
 

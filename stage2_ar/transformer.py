@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from stage2_ar.attention import Attend, CausalAttention, KVCache, Positions, attention_mask
+from stage2_ar.attention import Attend, AttendOne, KVCache, Positions, attention_mask, one_rotation
+from stage2_ar.block import Block
 from stage2_ar.conditions.base import segments_of
 from stage2_ar.order import Grid, OrderConfig, cells_in_order, inverse, restricted, to_sequence
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
-from stage2_ar.windowed_attention import WindowAttend, WindowedAttention, WindowGrid
+from stage2_ar.windowed_attention import WindowAttend, WindowGrid
 from taming.errors import ConfigError, UserError
 from taming.layers.position import grid_cells, rotary_2d
 from taming.layers.rms_norm import RMSNorm
-from taming.layers.swiglu import swiglu
 from taming.types import Prefix, Segment
 
 RASTER = OrderConfig()
@@ -233,6 +233,9 @@ class Transformer(nn.Module):
     def step(self, codes: Tensor, cache: KVCache) -> Tensor:
         """Take in the next codes (B, m), m >= 1: logits (B, V) of the code after them."""
         start, length = cache.length, codes.shape[1]
+        if length == 1 and not self.training:
+            cache.length = start + 1
+            return self._step_one(codes[:, 0], cache, start)
         embeddings = self.token_embedding(codes)
         cells = None if cache.cells is None else cache.cells[:, cache.num_codes + 1 :][:, :length]
         x = self._place(embeddings, cells, cache.positions, start)
@@ -244,19 +247,43 @@ class Transformer(nn.Module):
         cache.length = start + length
         return self._logits(x)[:, 0]
 
+    def _step_one(self, codes: Tensor, cache: KVCache, position: int) -> Tensor:
+        """`step` for one code a sequence, (B,) -> (B, V)."""
+        positions = cache.positions
+        x = self.token_embedding(codes)
+        if positions.embedding is not None:
+            x = x + positions.embedding[..., position, :]
+        if cache.cells is not None:
+            x = x + cache.cells[:, position + 1 - cache.prefix_length].to(x.dtype)
+        rotation = None
+        if positions.rotation is not None:
+            rotation = one_rotation(positions.rotation, position)
+        mask = None if cache.visible is None else cache.visible[..., : position + 1]
+        return self.answer_one(x, AttendOne(cache, position, rotation, mask))
+
+    def answer_one(self, x: Tensor, attend: AttendOne) -> Tensor:
+        """One input of each sequence, (B, D) with all that is added to it, -> logits (B, V)."""
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x = block.step(x, attend, layer)
+        return self._logits(x)
+
     def new_cache(self, prefix: Prefix, grid: Grid, order: Tensor | None = None) -> KVCache:
         """An empty cache for a prefix (B, P, D) and a grid of codes after it, in an order (h * w,)."""
         order = self.sequence_cells(grid, prefix.embeddings.device) if order is None else order
         batch, prefix_length = prefix.embeddings.shape[:2]
         shape = (batch, self.config.num_heads, prefix_length + grid[0] * grid[1], self.config.head_dim)
-        table = self.token_embedding.weight
+        table, mask = self.token_embedding.weight, _mask_or_none(prefix)
         return KVCache(
             keys=[table.new_empty(shape) for _ in self.blocks],
             values=[table.new_empty(shape) for _ in self.blocks],
             positions=self.positions(prefix, grid, order),
             prefix_length=prefix_length,
             cells=self._cell_inputs(prefix, grid, order),
-            prefix_mask=_mask_or_none(prefix),
+            prefix_mask=mask,
+            visible=None
+            if mask is None
+            else functional.pad(mask, (0, grid[0] * grid[1]), value=True)[:, None, None],
         )
 
     def sequence_cells(self, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
@@ -398,77 +425,6 @@ class Transformer(nn.Module):
                     nn.init.normal_(parameter, std=0.02 / (2 * self.config.num_layers) ** 0.5)
             if self.config.zero_init_head:
                 nn.init.zeros_(self.head.weight)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
-
-    def __init__(self, config: GPTConfig | LlamaConfig) -> None:
-        super().__init__()
-        gpt = isinstance(config, GPTConfig)
-        self.norm1: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
-        self.norm2: nn.Module = nn.LayerNorm(config.width) if gpt else RMSNorm(config.width)
-        windowed = isinstance(config, LlamaConfig) and config.attention_window is not None
-        self.attention: nn.Module = (WindowedAttention if windowed else CausalAttention)(
-            config.width,
-            config.num_heads,
-            bias=gpt,
-            qk_norm=isinstance(config, LlamaConfig) and config.qk_norm,
-            dropout=config.attention_dropout,
-        )
-        if isinstance(config, GPTConfig):
-            self.mlp: nn.Module = GELUMLP(config.width, 4 * config.width)
-        else:
-            self.mlp = SwiGLUMLP(config.width, config.hidden_width)
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        attend: Attend | WindowAttend,
-        layer: int,
-        *,
-        keep_from: int = 0,
-        only_last: bool = False,
-    ) -> Tensor:
-        """x (B, T, D) -> (B, T - keep_from, D), or (B, 1, D) where only the last position is answered."""
-        attended = self.attention(self.norm1(x), attend, layer, only_last=only_last)
-        if only_last and isinstance(attend, Attend) and attend.last is not None:
-            x = x[torch.arange(x.shape[0], device=x.device), attend.last][:, None]
-        elif only_last:
-            x = x[:, -1:]
-        elif keep_from:
-            # Nothing reads the earlier positions of the last block again.
-            x, attended = x[:, keep_from:], attended[:, keep_from:]
-        x = x + self.dropout(attended)
-        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
-        return out
-
-
-class GELUMLP(nn.Module):
-    """down(gelu(up(x))) with the exact GELU."""
-
-    def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, hidden_width)
-        self.down = nn.Linear(hidden_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(functional.gelu(self.up(x)))
-        return out
-
-
-class SwiGLUMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020), gate and up in one projection."""
-
-    def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
-        self.down = nn.Linear(hidden_width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(swiglu(self.gate_up(x)))
-        return out
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
+            if not torch.is_grad_enabled():
+                return _normalised(x, self.weight, self.eps)[0]
             result: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
             return result
         return functional.rms_norm(x, (self.width,), self.weight.to(x.dtype), self.eps)
@@ -33,10 +35,9 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rstd = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd.to(x.dtype)).mul_(weight.to(x.dtype))
+        return out
 
     @staticmethod
     @once_differentiable
@@ -51,3 +52,10 @@ class _RMSNorm(torch.autograd.Function):
         pull = (rows.pow(3) * along / width).to(x.dtype).view(rstd.shape)
         grad_x = (grad * weight.to(x.dtype)).mul_(rstd.to(x.dtype)).addcmul_(x, pull, value=-1)
         return grad_x, grad_weight, None
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What comes out, (..., width), and the reciprocal of the root mean square, (..., 1) fp32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * rstd.to(x.dtype)).mul_(weight.to(x.dtype)), rstd

@@ -9,11 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from stage2_ar.conditions.base import crop_prefix
 from stage2_ar.guidance import guided
-from stage2_ar.inference import PackedLinear, can_pack, for_inference
 from stage2_ar.sampling import (
     SamplingSettings,
     draw,
@@ -205,26 +203,3 @@ def test_progress_counts_cells() -> None:
 def test_settings_out_of_range(choice: SamplingSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choice.validate(VOCABULARY)
-
-
-@pytest.mark.parametrize("kind", ["gpt", "llama"])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_copy_for_inference_computes_the_same(kind: str, rows: int) -> None:
-    model, prefix = small_transformer(kind), random_prefix(rows)
-    prepared = for_inference(model, torch.float32, rows)
-    packed = [module for module in prepared.modules() if isinstance(module, PackedLinear)]
-    assert bool(packed) == (rows > 1 and can_pack(torch.device("cpu"), torch.float32))
-    uniforms = picture_uniforms(0, 0, rows, CELLS)
-    ours = sample_codes(prepared, prefix, None, GRID, uniforms, SamplingSettings())
-    assert torch.equal(ours, sample_codes(model, prefix, None, GRID, uniforms, SamplingSettings()))
-
-
-def test_bfloat16_copy_is_close() -> None:
-    model, prefix = small_transformer("llama"), random_prefix(2)
-    codes = torch.randint(VOCABULARY, (2, CELLS))
-    prepared = for_inference(model, torch.bfloat16, 2)
-    with torch.no_grad():
-        exact: Tensor = model(codes, prefix).log_softmax(-1)
-        rounded: Tensor = prepared(codes, prefix).float().log_softmax(-1)
-    assert prepared.token_embedding.weight.dtype == torch.bfloat16
-    assert 0 < float((exact - rounded).abs().mean()) < 0.1 * float(exact.std())
