@@ -113,7 +113,7 @@ class ARPipeline(Editing):
         known_first: bool | None = None,
         best_of: int = 1,
         scorer: Scorer | None = None,
-        schedule: Schedule = "serial",
+        schedule: Schedule | None = None,
         window_stride: int = 1,
         tile: int | None = None,
         batch_size: int = 16,
@@ -138,7 +138,8 @@ class ARPipeline(Editing):
 
         Larger sizes than trained on are written with a sliding window; `window_stride` > 1 moves it in steps,
         faster and not quite the published procedure. `schedule` "wavefront" works on several rows at once.
-        A model with an attention window writes every size in one way, and knows no stride.
+        A model with an attention window writes every size in one way, knows no stride, and works on several
+        rows at once unless told "serial"; others are serial unless told otherwise. The picture is the same.
         `tile`: see `decode`. `progress` is called with (cells done, cells in all).
         Raises UserError for sizes, conditions or settings that do not fit.
         """
@@ -322,7 +323,7 @@ class ARPipeline(Editing):
         settings: SamplingSettings,
         known: Known | None,
         order: Tensor | None,
-        schedule: Schedule,
+        schedule: Schedule | None,
         stride: int,
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
@@ -338,8 +339,8 @@ class ARPipeline(Editing):
             prefix = saying.prefix(condition, grid)
             null = condition.null(count, grid, self.device) if guide else None
             return sample_windowed(
-                transformer, prefix, null, grid, uniforms, settings, known=known, schedule=schedule,
-                progress=progress,
+                transformer, prefix, null, grid, uniforms, settings, known=known,
+                schedule=schedule or "wavefront", progress=progress,
             )  # fmt: skip
         if grid[0] <= window[0] and grid[1] <= window[1]:
             prefix = saying.prefix(condition, grid)
@@ -357,7 +358,7 @@ class ARPipeline(Editing):
             uniforms,
             settings,
             known=known,
-            schedule=schedule,
+            schedule=schedule or "serial",
             stride=stride,
             progress=progress,
         )
