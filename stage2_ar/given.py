@@ -23,7 +23,7 @@ from stage2_ar.conditions.codes import CodesCondition
 from stage2_ar.conditions.combined import CombinedCondition
 from stage2_ar.conditions.image import LowResolutionCondition, SecondPictureCondition, edges_of
 from taming.data.channels import read_pixels
-from taming.data.picture import read_depth, read_labels
+from taming.data.picture import read_depth, read_labels, read_size
 from taming.data.transforms import Crop, choose_crop, crop_depth, crop_labels, crop_plane
 from taming.errors import UserError
 
@@ -108,6 +108,14 @@ class _Plane:
                 return edges_of(_pixels(self.values, crop, size)[None])[0]
             case _:
                 return _pixels(self.values, crop, size)
+
+
+def picture_pixels(path: Path, channels: int, size: Size) -> Tensor:
+    """A picture as (C, H, W) in [-1, 1], scaled to cover `size` and cropped about its centre.
+
+    Of its own size its pixels stay as they are. Raises UserError where it cannot be read.
+    """
+    return _Plane(path, Form("image", channels)).at(size, own=read_size(path) == size)
 
 
 def scale_of(condition: Condition, name: str) -> int | None:

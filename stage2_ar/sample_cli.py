@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from taming.options import BatchSize, Device, empty_folder, parse_size, progress_bar
+from taming.options import BatchSize, Device, Tile, check_empty, empty_folder, parse_size, progress_bar
 
 
 def sample(
@@ -41,7 +41,39 @@ def sample(
         float | None, typer.Option(help="Draw from the most probable codes of this mass.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Above 1: closer to the condition.")] = 1.0,
+    guidance_schedule: Annotated[
+        str, typer.Option(help="constant, or linear or cosine: from --guidance-start on to --guidance.")
+    ] = "constant",
+    guidance_start: Annotated[float, typer.Option(help="Guidance of the first cell.")] = 1.0,
+    guidance_power: Annotated[
+        float, typer.Option(help="Of the cosine: above 1 it stays low for longer.")
+    ] = 1.0,
     greedy: Annotated[bool, typer.Option(help="Always the most probable code.")] = False,
+    best_of: Annotated[int, typer.Option(min=1, help="Paint so many, keep the most probable.")] = 1,
+    complete: Annotated[Path | None, typer.Option(help="Picture to keep a part of (--keep, --mask).")] = None,
+    keep: Annotated[str | None, typer.Option(help="upper (default), lower, left or right half.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --complete: picture that is white where to paint anew.")
+    ] = None,
+    outpaint: Annotated[Path | None, typer.Option(help="Picture to paint around, up to --size.")] = None,
+    keep_pixels: Annotated[
+        bool, typer.Option(help="Outside of the mask leave the original's very pixels.")
+    ] = False,
+    soft_border: Annotated[
+        int | None, typer.Option(min=0, help="With --keep-pixels: pixels over which the new begins.")
+    ] = None,
+    variations: Annotated[Path | None, typer.Option(help="Picture to paint variations of.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of variations: share of cells painted anew; default 0.5.")
+    ] = None,
+    from_row: Annotated[
+        int | None, typer.Option(help="Of variations: paint anew all rows of cells from this one on.")
+    ] = None,
+    interpolate: Annotated[
+        int | None, typer.Option(help="Steps from the first to the second of two conditions.")
+    ] = None,
+    animation: Annotated[str | None, typer.Option(help="gif or webp: the picture as it fills, too.")] = None,
+    tile: Tile = None,
     window_stride: Annotated[
         int,
         typer.Option(min=1, help="Cells that the window of a large picture moves at once; 1 as published."),
@@ -59,13 +91,32 @@ def sample(
     import torch
 
     from stage2_ar import ARPipeline
+    from stage2_ar.animation import SUFFIXES, save_animation
+    from stage2_ar.sample_edits import EditOptions, read_edit
     from stage2_ar.sample_inputs import ConditionFiles, read_conditions
-    from taming.data.picture import save_png, tile
+    from stage2_ar.sample_options import SampleOptions
+    from taming.data.picture import save_png
+    from taming.data.picture import tile as tile_pictures
     from taming.errors import UserError
     from taming.training.distributed import pick_device
 
     if schedule not in ("serial", "wavefront"):
         raise UserError(f"--schedule {schedule!r}: choose serial or wavefront")
+    if animation is not None and animation not in SUFFIXES:
+        raise UserError(f"--animation {animation!r}: choose {' or '.join(SUFFIXES)}")
+    edits = EditOptions(
+        complete=complete,
+        keep=keep,
+        mask=mask,
+        outpaint=outpaint,
+        variations=variations,
+        strength=strength,
+        from_row=from_row,
+        interpolate=interpolate,
+        keep_pixels=keep_pixels,
+        soft_border=soft_border,
+    )
+    edits.check()
     pipe = ARPipeline.from_pretrained(model).to(pick_device(device), torch.bfloat16 if bf16 else None)
     files = ConditionFiles(
         classes=classes or [],
@@ -75,48 +126,47 @@ def sample(
         objects=objects or [],
         text=text or [],
     )
-    given = read_conditions(files, pipe.model, None if size is None else parse_size(size))
-    height, width = given.size or (None, None)
-    settings = {
+    edit = read_edit(edits, pipe, None if size is None else parse_size(size))
+    given = read_conditions(files, pipe.model, edit.size)
+    settings: SampleOptions = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "guidance_scale": guidance,
+        "guidance_schedule": guidance_schedule,  # type: ignore[typeddict-item]
+        "guidance_start": guidance_start,
+        "guidance_power": guidance_power,
         "seed": seed,
         "greedy": greedy,
+        "best_of": best_of,
         "window_stride": window_stride,
-        "schedule": schedule,
+        "schedule": schedule,  # type: ignore[typeddict-item]
+        "tile": tile,
     }
-    pipe.model.condition.read(given.values)  # before the folder is made
-    empty_folder(out)
+    check_empty(out)  # the folder is made when there is something to put into it
     with progress_bar("sample") as report:
-        result = pipe(
-            given.values,
-            height=height,
-            width=width,
-            num_images=num,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance,
-            seed=seed,
-            greedy=greedy,
-            schedule=schedule,  # type: ignore[arg-type]
-            window_stride=window_stride,
-            batch_size=batch_size,
-            progress=report,
-        )
+        asked: SampleOptions = {**settings, "num_images": num, "batch_size": batch_size, "progress": report}
+        result = edit.paint(pipe, given, asked)
+    empty_folder(out)
     for number, painted in enumerate(result.images):
         save_png(painted, out / f"{number:04d}.png")
         facts = {
             "model": model,
-            "conditions": given.of_row(number // num),
+            "conditions": given.said if interpolate else given.of_row(number // num),
             "picture": number,
             "height": painted.shape[1],
             "width": painted.shape[2],
             "precision": "bf16" if bf16 else "fp32",
             **settings,
         }
+        if edits.said():
+            facts["edit"] = edits.said()
+        if interpolate:
+            facts["toward_second"] = number // num / (interpolate - 1)
+        if result.scores is not None:
+            facts["log_likelihoods"] = result.scores[number].tolist()
         (out / f"{number:04d}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    save_png(tile(result.images.cpu(), columns=num), out / "sheet.png")
+        if animation is not None:
+            save_animation(result.animation(number), out / f"{number:04d}{SUFFIXES[animation]}")
+    save_png(tile_pictures(result.images.cpu(), columns=num), out / "sheet.png")
     typer.echo(f"{len(result.images)} pictures in {out}, a row a condition in {out / 'sheet.png'}")

@@ -41,10 +41,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def empty_folder(path: Path) -> Path:
-    """Make `path` for results. Raises UserError where something is in it already."""
+def check_empty(path: Path) -> None:
+    """Raises UserError where something is in the folder for results already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is not an empty folder; give --out another one or empty it")
+
+
+def empty_folder(path: Path) -> Path:
+    """Make `path` for results. Raises UserError where something is in it already."""
+    check_empty(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
