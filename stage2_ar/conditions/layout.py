@@ -10,7 +10,6 @@ Axes: B layouts.
 from __future__ import annotations
 
 import difflib
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from taming.types import Batch, Prefix
 Layout = list[SceneObject]
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+_LARGEST = 1e9
 
 
 class LayoutCondition(Condition):
@@ -181,7 +181,8 @@ def _check_object(item: SceneObject, num_classes: int) -> None:
             "model was built for"
         )
     is_four = isinstance(box, Sequence) and not isinstance(box, str) and len(box) == 4
-    if not is_four or not all(isinstance(x, int | float) and math.isfinite(x) for x in box):
+    # By their size, since a whole number from JSON may be too large to be asked whether it is finite.
+    if not is_four or not all(isinstance(x, int | float) and abs(x) < _LARGEST for x in box):
         raise UserError(f"the box {box!r} is not four numbers [x0, y0, x1, y1] in [0, 1]")
     x0, y0, x1, y1 = box
     if min(box) < 0 or max(box) > 1:

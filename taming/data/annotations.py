@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,8 @@ from typing import Any
 from taming.data.boxes import Box, crop_box
 from taming.data.scenes import SceneObject
 from taming.errors import DataError
+
+_LARGEST = 1e9  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_annotations(path: Path, keys: Collection[str], *, crowds: bool = False)
     and for a picture that it does not list.
     """
     document = read_json(path)
-    categories = _entries(document, "categories", path, {"id": int, "name": str})
+    categories = entries_of(document, "categories", path, {"id": int, "name": str})
     ids = sorted(category["id"] for category in categories)
     if not ids or len(set(ids)) < len(ids):
         raise DataError(f"{path} has {'no categories' if not ids else 'two categories of one id'}; mend it")
@@ -46,7 +47,7 @@ def read_annotations(path: Path, keys: Collection[str], *, crowds: bool = False)
     skipped = {"pictures not at hand": absent, "crowds": 0, "boxes without area": 0}
     objects: dict[str, list[SceneObject]] = {key: [] for key, _ in found.values()}
     kinds = {"image_id": int, "category_id": int, "bbox": list}
-    for number, entry in enumerate(_entries(document, "annotations", path, kinds)):
+    for number, entry in enumerate(entries_of(document, "annotations", path, kinds)):
         if entry["image_id"] not in found:
             continue
         key, image = found[entry["image_id"]]
@@ -93,11 +94,12 @@ def match_pictures(
     found: dict[int, tuple[str, dict[str, Any]]] = {}
     taken: set[str] = set()
     absent = 0
-    for image in _entries(document, "images", path, {"id": int, "file_name": str}):
-        stem = PurePosixPath(image["file_name"].replace("\\", "/")).with_suffix("").as_posix()
-        same_name = by_name.get(PurePosixPath(stem).name, [])
-        if stem in at_hand:
-            key = stem
+    for image in entries_of(document, "images", path, {"id": int, "file_name": str}):
+        path_given = PurePosixPath(image["file_name"].replace("\\", "/"))
+        stem = path_given.with_name(path_given.stem) if path_given.name else path_given
+        same_name = by_name.get(stem.name, [])
+        if stem.as_posix() in at_hand:
+            key = stem.as_posix()
         elif len(same_name) == 1:
             key = same_name[0]
         else:
@@ -138,7 +140,7 @@ def _box_of(values: list[Any], image: Mapping[str, Any], path: Path, number: int
     return crop_box(pixels, (0.0, 0.0, 1.0, 1.0))
 
 
-def _entries(
+def entries_of(
     document: Mapping[str, Any], name: str, path: Path, kinds: Mapping[str, type]
 ) -> list[dict[str, Any]]:
     """The list `name` of a document, each entry an object with these keys. Raises DataError."""
@@ -158,7 +160,8 @@ def _entries(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # By its size, since a whole number from JSON may be too large to be asked whether it is finite.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _json_type(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from taming.data.annotations import match_pictures, read_json
+from taming.data.annotations import entries_of, match_pictures, read_json
 from taming.errors import DataError
 
 
@@ -49,17 +49,14 @@ def _read_coco(path: Path, keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     document = read_json(path)
     found, _ = match_pictures(document, path, keys)
     captions: dict[str, list[str]] = {key: [] for key, _ in found.values()}
-    annotations = document.get("annotations")
-    if not isinstance(annotations, list):
-        raise DataError(f"{path} has no list 'annotations': it is no file of COCO captions; check the path")
-    for number, entry in enumerate(annotations):
-        caption = entry.get("caption") if isinstance(entry, dict) else None
+    for number, entry in enumerate(entries_of(document, "annotations", path, {"image_id": int})):
+        caption = entry.get("caption")
         if not isinstance(caption, str):
             raise DataError(
                 f"{path}: annotation {number} has no caption; give COCO's captions file, not its instances"
             )
         # A caption on several lines is one caption.
         words = " ".join(caption.split())
-        if entry.get("image_id") in found and words:
+        if entry["image_id"] in found and words:
             captions[found[entry["image_id"]][0]].append(words)
     return {key: tuple(lines) for key, lines in captions.items()}

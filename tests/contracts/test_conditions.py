@@ -340,6 +340,7 @@ def test_a_cell_knows_its_surroundings_but_not_the_far_end(name: str) -> None:
         ("objects", {"objects": [[{"label": 0, "box": [0, 0, 1, 1.5]}]]}, "leaves the picture"),
         ("objects", {"objects": [[{"label": 0, "box": [0, 0, 0, 1]}]]}, "has no area"),
         ("objects", {"objects": [[{"label": 0, "box": [0, 0, 1]}]]}, "is not four numbers"),
+        ("objects", {"objects": [[{"label": 0, "box": [0, 0, 1, 10**400]}]]}, "is not four numbers"),
         ("objects", {"objects": [{"label": 0, "box": [0, 0, 1, 1]}] * 5}, "5 objects, .* at most 4"),
         ("object_tokens", {"objects": [[{"label": -1, "box": [0, 0, 1, 1]}]]}, "label -1"),
         ("words", {"text": "a red cot"}, "'cot' is not one of the 4 .* near it are cat"),

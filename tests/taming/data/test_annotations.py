@@ -181,6 +181,9 @@ def _changed(where: str, value: Any) -> str:
         (_changed("annotations.0.bbox", [1, 2, 3, "x"]), r"is not \[left, top, width, height\]"),
         (_changed("annotations.0.bbox.2", float("nan")), r"bbox \[50, 25, nan, 50\]"),
         (_changed("annotations.0.bbox", None), "bbox = None"),
+        (_changed("annotations.0.bbox.2", 10**400), "of annotation 0 is not"),
+        (_changed("images.0.file_name", ""), "does not list the picture a among its images"),
+        (_changed("annotations.0.image_id", [7]), r"image_id = \[7\]; it must be a int"),
     ],
 )
 def test_bad_annotations_are_named(root: Path, text: str, message: str) -> None:
