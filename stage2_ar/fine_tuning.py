@@ -31,6 +31,8 @@ FREE = frozenset(
     }
 )
 """Keys of the transformer's config that may differ: they move no weight that is taken over."""
+MEANING = frozenset({"kind", "names", "source", "tokenizer_hash", "vocabulary", "weights_hash"})
+"""Keys of a condition's config with which the meaning of its weights changes, whatever their shapes."""
 TARGETS = "transformer.target_embedding"
 TABLES = ("transformer.token_embedding.weight", "transformer.head.weight")
 POSITIONS = "transformer.position_embedding"
@@ -52,13 +54,13 @@ def start_from(model: ARModel, source: str) -> list[str]:
     """
     there, saved = _read(model.config, source)
     own = model.state_dict()
-    same_kinds = _kinds(there.condition.model_dump()) == _kinds(model.config.condition.model_dump())
+    same_meaning = _meaning(there.condition.model_dump()) == _meaning(model.config.condition.model_dump())
     state: dict[str, Tensor] = {}
     anew: list[str] = []
     moved = False
     for key, value in own.items():
         found = saved.get(key)
-        if key.startswith(CONDITION) and not same_kinds:
+        if key.startswith(CONDITION) and not same_meaning:
             found = None
         if found is not None and key in TABLES:
             state[key] = _codes_of(value, found, model.config.vocabulary_size)
@@ -142,13 +144,13 @@ def _facts(config: ARModelConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in FREE}
 
 
-def _kinds(values: Any) -> list[str]:
-    """The kinds of a condition and of its parts, in their order."""
+def _meaning(values: Any) -> list[Any]:
+    """What of a condition and of its parts tells what its weights stand for, in order."""
     if isinstance(values, dict):
-        own = [str(values["kind"])] if "kind" in values else []
-        return own + [kind for key in sorted(values) for kind in _kinds(values[key])]
+        own = [(key, values[key]) for key in sorted(MEANING & values.keys())]
+        return own + [item for key in sorted(values) for item in _meaning(values[key])]
     if isinstance(values, list | tuple):
-        return [kind for value in values for kind in _kinds(value)]
+        return [item for value in values for item in _meaning(value)]
     return []
 
 
