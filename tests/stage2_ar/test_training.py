@@ -115,6 +115,31 @@ def test_random_orders_are_functions_of_seed_step_and_sample() -> None:
     assert first_cells.max() < 14, "all cells come first about as often"
 
 
+def test_random_orders_do_not_depend_on_micro_batches(tokenizer: VQModel) -> None:
+    shape = {"kind": "llama", "num_layers": 1, "num_heads": 2, "width": 16, "target_positions": True}
+    order = {"start": 0.0, "end": None, "final_share": 0.5}
+    codes, keys = torch.randint(16, (4, 8, 8)), list("abcd")
+    halves = [{"codes": codes[:2], "key": keys[:2]}, {"codes": codes[2:], "key": keys[2:]}]
+    found = []
+    for batches, step, random_order in (
+        ([{"codes": codes, "key": keys}], 20, order),
+        (halves, 20, order),
+        (halves, 21, order),
+        (halves, 20, None),
+    ):
+        task = prepared(tokenizer, transformer=shape, condition=NONE, random_order=random_order)
+        task.train_step(batches, step)
+        found.append(gradients(task))
+    whole, parts, other_step, raster = found
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+    assert (whole - other_step).norm() > 0.01 * whole.norm()
+    assert (whole - raster).norm() > 0.01 * whole.norm()
+
+
+def gradients(task: ARTask) -> Tensor:
+    return torch.cat([weight.grad.flatten() for weight in task.model.parameters() if weight.grad is not None])
+
+
 def test_the_share_of_random_orders() -> None:
     rar = RandomOrderConfig(start=0.5, end=0.75)
     shares = [random_share(rar, step, 400) for step in (0, 199, 200, 250, 299, 300, 399)]
