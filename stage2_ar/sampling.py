@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from taming.types import Prefix
 
 Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all) as sampling goes on."""
+
+StepKind = Literal["auto", "eager", "static"]
 
 Known = tuple[Tensor, Tensor]
 """Codes (B, h, w) int64 and a mask (B, h, w) bool: where it is True the code is given and stays."""
@@ -170,12 +173,15 @@ def sample_codes(
     order: Tensor | None = None,
     progress: Progress | None = None,
     cached: bool = True,
+    step: StepKind = "auto",
 ) -> Tensor:
     """Draw grids of codes: (B, h, w) int64 for a prefix of B rows.
 
     uniforms (B, h * w) float64 from `picture_uniforms`, by raster index as `known`. Cells are written in
     `order` (h * w,), by default the model's own. `null_prefix` is only used with guidance.
-    `cached=False` runs the whole sequence again for each cell: a check, not a way to work.
+    `cached=False` runs the whole sequence again for each cell: a check, not a way to work. `step` says how
+    a cell is drawn: auto is one captured graph a step on a CUDA device and eager elsewhere; static has the
+    graph's fixed shapes on any device (see `static_step`). All draw the same codes, up to rounding.
     Raises UserError for settings out of range and for a grid larger than the transformer's.
     """
     if transformer.window is not None and cached:
@@ -190,7 +196,9 @@ def sample_codes(
     if guide and null_prefix is not None:
         prefix = stack_prefixes(prefix, null_prefix)
     with torch.inference_mode():
-        codes = _sample(transformer, prefix, grid, order, uniforms, settings, guide, known, progress, cached)
+        codes = _sample(
+            transformer, prefix, grid, order, uniforms, settings, guide, known, progress, cached, step
+        )
     # Out of inference mode again, so that the codes may take part in training.
     return codes.clone()
 
@@ -206,6 +214,7 @@ def _sample(
     known: Known | None,
     progress: Progress | None,
     cached: bool,
+    step: StepKind,
 ) -> Tensor:
     device = prefix.embeddings.device
     height, width = grid
@@ -222,8 +231,21 @@ def _sample(
         part = codes[:, start:stop]
         return torch.cat((part, part)) if guide else part
 
+    statically = (
+        cached and not transformer.training and (step == "static" or (step == "auto" and codes.is_cuda))
+    )
     cache = None
     for n in range(first, count):
+        if cache is not None and statically:
+            # Here, for that module builds upon this one.
+            from stage2_ar.static_step import finish_statically
+
+            given = None if known_codes is None or is_known is None else (known_codes, is_known)
+            codes = finish_statically(
+                transformer, cache, codes, n, uniforms, settings, guide, given,
+                lambda done: None if progress is None else progress(done, count),
+            )  # fmt: skip
+            break
         if not cached:
             logits = transformer(taken(n + 1), prefix, grid, order)[:, -1]
         elif cache is None:
