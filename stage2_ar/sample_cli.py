@@ -78,10 +78,16 @@ def sample(
         int,
         typer.Option(min=1, help="Cells that the window of a large picture moves at once; 1 as published."),
     ] = 1,
-    schedule: Annotated[str, typer.Option(help="serial, or wavefront: several rows at once.")] = "serial",
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="serial, or wavefront: several rows at once. By default what suits the model."),
+    ] = None,
     batch_size: BatchSize = 16,
     bf16: Annotated[
         bool, typer.Option(help="Half-precision transformer: faster, not quite the same codes.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option(help="Transformer with 8-bit weights, on a CPU: fastest, other codes are drawn.")
     ] = False,
     device: Device = None,
 ) -> None:
@@ -100,7 +106,7 @@ def sample(
     from taming.errors import UserError
     from taming.training.distributed import pick_device
 
-    if schedule not in ("serial", "wavefront"):
+    if schedule not in (None, "serial", "wavefront"):
         raise UserError(f"--schedule {schedule!r}: choose serial or wavefront")
     if animation is not None and animation not in SUFFIXES:
         raise UserError(f"--animation {animation!r}: choose {' or '.join(SUFFIXES)}")
@@ -117,7 +123,11 @@ def sample(
         soft_border=soft_border,
     )
     edits.check()
-    pipe = ARPipeline.from_pretrained(model).to(pick_device(device), torch.bfloat16 if bf16 else None)
+    if bf16 and int8:
+        raise UserError("--bf16 and --int8 exclude each other: 8-bit weights compute in bf16 already")
+    pipe = ARPipeline.from_pretrained(model).to(
+        pick_device(device), torch.bfloat16 if bf16 else None, weights="int8" if int8 else None
+    )
     files = ConditionFiles(
         classes=classes or [],
         segmentation=segmentation or [],
@@ -156,7 +166,7 @@ def sample(
             "picture": number,
             "height": painted.shape[1],
             "width": painted.shape[2],
-            "precision": "bf16" if bf16 else "fp32",
+            "precision": "int8" if int8 else "bf16" if bf16 else "fp32",
             **settings,
         }
         if edits.said():

@@ -26,7 +26,7 @@ class SampleOptions(TypedDict, total=False):
     known_first: bool | None
     best_of: int
     scorer: Scorer | None
-    schedule: Schedule
+    schedule: Schedule | None
     window_stride: int
     tile: int | None
     batch_size: int
