@@ -28,6 +28,15 @@ def adherence(images: Tensor, segmentation: Tensor, prototypes: Prototypes, bord
             f"adherence takes images (B, 3, H, W) and maps (B, H, W), not {tuple(images.shape)} and"
             f" {tuple(segmentation.shape)}"
         )
+    nearest = nearest_labels(images, prototypes)
+    counted = interior(segmentation, border)
+    if not bool(counted.any()):
+        raise ValueError(f"no pixel lies more than {border} pixels off all label borders; lower the border")
+    return float((nearest == segmentation)[counted].float().mean())
+
+
+def nearest_labels(images: Tensor, prototypes: Prototypes) -> Tensor:
+    """The label to which each pixel's colour is nearest: images (B, 3, H, W) in [-1, 1] -> (B, H, W)."""
     colours, labels = [], []
     for label, group in enumerate(prototypes):
         colours += [list(colour) for colour in group]
@@ -36,11 +45,7 @@ def adherence(images: Tensor, segmentation: Tensor, prototypes: Prototypes, bord
     owner = torch.tensor(labels, device=images.device)  # (P,)
     pixels = (images.float().clamp(-1, 1) + 1) * 127.5
     distance = (pixels[:, None] - table[None, :, :, None, None]).square().sum(dim=2)  # (B, P, H, W)
-    nearest = owner[distance.argmin(dim=1)]  # (B, H, W)
-    counted = interior(segmentation, border)
-    if not bool(counted.any()):
-        raise ValueError(f"no pixel lies more than {border} pixels off all label borders; lower the border")
-    return float((nearest == segmentation)[counted].float().mean())
+    return owner[distance.argmin(dim=1)]
 
 
 def interior(segmentation: Tensor, border: int) -> Tensor:
