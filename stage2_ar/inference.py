@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,7 @@ def for_inference(
     """
     weight = transformer.token_embedding.weight
     if weights == "int8":
-        if weight.device.type != "cpu":
-            raise UserError(
-                f"8-bit weights are for sampling on a CPU, the model is on {weight.device}; use bf16 there"
-            )
+        check_weights(weights, weight.device)
         dtype = torch.bfloat16
     layout = _layout(weight.device, dtype, rows)
     if layout is None and weights == "full" and dtype == weight.dtype and not transformer.training:
@@ -62,6 +59,16 @@ def for_inference(
     if layout is not None:
         _replace_linears(prepared, lambda linear: layout(linear, rows))
     return prepared
+
+
+def check_weights(weights: str, device: torch.device) -> None:
+    """Raises UserError for weights that are unknown, or that this device cannot sample with."""
+    if weights not in get_args(Weights):
+        raise UserError(f"weights {weights!r} are unknown; choose {' or '.join(get_args(Weights))}")
+    if weights == "int8" and device.type != "cpu":
+        raise UserError(
+            f"8-bit weights are for sampling on a CPU, the model is on {device}; use bfloat16 there"
+        )
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

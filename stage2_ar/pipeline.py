@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stage1_vq import VQModel
-from stage1_vq.tiling import decode, encode, in_tiles
+from stage1_vq.tiling import TILED_ABOVE, decode, encode, in_tiles
 from stage2_ar.animation import filling_frames
 from stage2_ar.best_of import Scorer, candidate_seed, check_best_of, scores_of
 from stage2_ar.conditions.base import batch_size_of, take_rows
@@ -23,7 +23,7 @@ from stage2_ar.conditions.text import text_encoders
 from stage2_ar.conditions.tokenizers import attach_tokenizers, parts_with_tokenizer
 from stage2_ar.editing import Editing
 from stage2_ar.guidance import GuidanceSchedule
-from stage2_ar.inference import for_inference
+from stage2_ar.inference import Weights, check_weights, for_inference
 from stage2_ar.likelihood import drawn_log_likelihood, drawn_log_likelihood_sliding
 from stage2_ar.model import ARModel
 from stage2_ar.order import Grid, to_raster, to_sequence
@@ -77,14 +77,33 @@ class ARPipeline(Editing):
                     f"attach_tokenizer, or load a saved pipeline that holds {name}/"
                 )
         self.model, self.tokenizer = model.eval(), tokenizer.eval()
+        self.weights: Weights = "full"
+        self.eager = False
         self._prepared: tuple[int, Transformer] | None = None
 
     @property
     def device(self) -> torch.device:
         return self.model.transformer.token_embedding.weight.device
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ARPipeline:
-        """Move everything to a device; `dtype` (torch.bfloat16, say) is for the transformer alone."""
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weights: Weights | None = None,
+        eager: bool | None = None,
+    ) -> ARPipeline:
+        """Move everything to a device, and say how the transformer samples; None leaves what was.
+
+        `dtype` (torch.bfloat16, say) is for the transformer alone. `weights` "int8" samples with matrices
+        rounded to 8 bits, on a CPU: fastest, and other codes are drawn; "full" is the default.
+        `eager` samples without capturing a CUDA graph on a GPU.
+        Raises UserError for 8-bit weights on another device.
+        """
+        weights = weights or self.weights
+        check_weights(weights, self.device if device is None else torch.device(device))
+        self.weights = weights
+        self.eager = self.eager if eager is None else eager
         self.model.to(device=device, dtype=dtype)
         self.tokenizer.to(device=device)
         for part in parts_with_tokenizer(self.model.condition).values():
@@ -201,8 +220,11 @@ class ARPipeline(Editing):
         Pictures of more than 512 x 512 pixels are decoded in tiles, with the same result in bounded memory;
         `tile` is their side, or 0 for none at any size.
         """
+        # No more pixels at once than one picture may have that is decoded as a whole.
+        pixels = codes.shape[1] * codes.shape[2] * self.model.config.downsample_factor**2
+        at_once = max(min(batch_size, TILED_ABOVE // pixels), 1)
         return torch.cat(
-            [decode(self.tokenizer, part, tile=tile).clamp_(-1, 1) for part in codes.split(batch_size)]
+            [decode(self.tokenizer, part, tile=tile).clamp_(-1, 1) for part in codes.split(at_once)]
         )
 
     @torch.no_grad()
@@ -347,7 +369,7 @@ class ARPipeline(Editing):
             null = condition.null(count, grid, self.device) if guide else None
             return sample_codes(
                 transformer, prefix, null, grid, uniforms, settings, known=known, order=order,
-                progress=progress,
+                progress=progress, step="eager" if self.eager else "auto",
             )  # fmt: skip
         size = window_size(window, grid)
         return sample_sliding(
@@ -367,7 +389,8 @@ class ARPipeline(Editing):
         """The transformer as it decodes fastest; the copy for one number of rows is kept."""
         if self._prepared is None or self._prepared[0] != rows:
             transformer = self.model.transformer
-            self._prepared = rows, for_inference(transformer, transformer.token_embedding.weight.dtype, rows)
+            dtype = transformer.token_embedding.weight.dtype
+            self._prepared = rows, for_inference(transformer, dtype, rows, self.weights)
         return self._prepared[1]
 
     def _grid(self, height: int | None, width: int | None) -> Grid:

@@ -143,3 +143,18 @@ def test_progress_counts_all_cells(pipe: ARPipeline) -> None:
     pipe({"segmentation": MAPS}, num_images=2, batch_size=3, progress=lambda *step: seen.append(step))
     assert seen[-1] == (32, 32)
     assert seen == sorted(seen)
+
+
+def test_8_bit_weights_are_for_sampling_on_a_cpu_alone(tokenizer: VQModel) -> None:
+    pipe = make_pipeline(tokenizer, {**CLASS, "dropout": 0.1})
+    exact = pipe({"class": [1]}, num_images=8)
+    pipe.to(weights="int8")
+    rounded = pipe({"class": [1]}, num_images=8)
+    assert rounded.codes.shape == exact.codes.shape
+    assert pipe.model.transformer.token_embedding.weight.dtype == torch.float32
+    assert torch.equal(pipe.to(weights="full")({"class": [1]}, num_images=8).codes, exact.codes)
+    pipe.to(weights="int8")
+    with pytest.raises(UserError, match="8-bit weights are for sampling on a CPU, the model is on meta"):
+        pipe.to("meta")
+    with pytest.raises(UserError, match="weights 'int4' are unknown; choose full or int8"):
+        pipe.to(weights="int4")  # type: ignore[arg-type]
