@@ -58,6 +58,7 @@ def evaluate_pipeline(
     """nats_per_code, bits_per_code and bits_per_pixel of every picture of `dataset`, and their number."""
     if not len(dataset):
         raise UserError("there are no pictures to evaluate on; choose another --split or more data")
+    pipe.model.condition.check_data(dataset)
     nats, cells, pictures, pixels = 0.0, 0, 0, 0
     for batch in evaluation_batches(dataset, batch_size=batch_size):
         batch = to_device(batch, pipe.device)

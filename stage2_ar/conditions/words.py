@@ -47,7 +47,7 @@ def vocabulary_of(texts: Iterable[str]) -> tuple[str, ...]:
 class WordsCondition(TextCondition):
     """A table of words, learned positions, and layers in which words see each other, later ones included.
 
-    A word of a validation caption that no training caption has is passed over; a user's is refused.
+    A word of a caption that the vocabulary does not have is passed over; in a user's text it is refused.
     """
 
     def __init__(self, config: TextConditionConfig, encoder: WordsConfig, *, width: int) -> None:
@@ -98,11 +98,11 @@ class WordsCondition(TextCondition):
 
     def check_data(self, data: PictureDataset) -> None:
         super().check_data(data)
-        unknown = sorted(set(vocabulary_of(data.texts())) - set(self.numbers))
-        if unknown:
+        found = vocabulary_of(data.texts())
+        if not any(word in self.numbers for word in found):
             raise UserError(
-                f"the word {unknown[0]!r} of the training captions is not in condition.encoder.vocabulary "
-                f"({len(unknown)} such words); leave the vocabulary out to take the data's"
+                f"the data's captions ({_some(found)}) have no word in common with the vocabulary "
+                f"({_some(self.numbers)}); leave condition.encoder.vocabulary out to take the data's"
             )
 
     def example(self, batch_size: int, grid: Grid) -> Batch:
