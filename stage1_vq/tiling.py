@@ -68,8 +68,8 @@ def decode_tiled(
     """Codes (B, h, w) -> (B, C, h f, w f), not clamped, as `tokenizer.decode` up to rounding.
 
     Memory is that of some bands of `tile` x `tile` pixels and the output, which is written to `out` where
-    that is given (any device and type). Maps that are larger lie in the folder for temporary files: up to
-    2.5 KiB a pixel for 128 channels; with an accelerator, in host memory. Raises UserError for codes that
+    that is given (any device and type). Maps that are larger lie in the folder for temporary files, 1 to
+    2 KiB a pixel for 128 channels; with an accelerator, in host memory. Raises UserError for codes that
     `decode` refuses, and where the disk is too full.
     """
     tokenizer.check_indices(codes)

@@ -11,6 +11,7 @@ import torch
 
 from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
+from stage1_vq.evaluate import reconstruct
 from stage1_vq.tiling import TILED_ABOVE, decode, decode_tiled, encode_tiled, in_tiles
 from taming.config import build_config
 from taming.errors import UserError
@@ -105,3 +106,12 @@ def test_when_tiles_are_used() -> None:
     model, codes = small_tokenizer(), torch.randint(16, (1, 4, 4))
     assert torch.equal(decode(model, codes), model.decode(codes))
     assert torch.equal(decode(model, codes, tile=4), decode_tiled(model, codes, tile=4))
+
+
+def test_reconstruction_in_tiles() -> None:
+    model = small_tokenizer(mid_attention=True)
+    images = torch.rand(1, 3, 24, 16) * 2 - 1
+    codes, painted = reconstruct(model, images)
+    tiled_codes, tiled = reconstruct(model, images, tile=6)
+    assert torch.equal(codes, tiled_codes)
+    torch.testing.assert_close(tiled, painted, atol=2e-5, rtol=1e-4)
