@@ -38,16 +38,7 @@ def test_a_large_picture_is_painted_in_tiles(tmp_path: Path, monkeypatch: pytest
         return images
 
     monkeypatch.setattr(stage1_vq.tiling, "decode_tiled", watched)
-    line = [
-        "sample",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-        "--num",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    places = ["sample", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*places, "--num", "1", "--size", "1024", "--device", "cpu"])
     assert result.exception is None, result.exception
     assert tiled == [(1, 128, 128)]
