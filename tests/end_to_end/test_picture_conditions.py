@@ -91,6 +91,7 @@ def test_depth(tokenizer: Path, pairs: Path, tmp_path: Path) -> None:
     assert "no condition 'image'; it takes 'depth'" in refused(*sample, "--image", maps[0])
     assert "height 17 is not a multiple" in refused(*sample, "--depth", maps[0], "--size", "17x16")
     assert "'depth' is missing" in refused(*sample)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_second_picture(tokenizer: Path, pairs: Path, tmp_path: Path) -> None:
