@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stage1_vq import VQModel
+from stage1_vq import VQModel, tiling
 from stage1_vq.inputs import one_hot
 from stage2_ar.conditions.base import Condition, Grid, all_attended, check_range, whole_numbers
 from stage2_ar.conditions.config import CodesConditionConfig
@@ -185,7 +185,12 @@ class CodesCondition(Condition):
         return self._prefix(cells)
 
     def encode(self, value: Tensor) -> Tensor:
-        """The batch's map or picture -> codes (B, h, w) int64; in fp32, as the tokenizer was trained."""
+        """The batch's map or picture -> codes (B, h, w) int64; in fp32, as the tokenizer was trained.
+
+        Large ones are encoded one by one in tiles (stage1_vq.tiling), so that memory is bounded.
+        """
+        if len(value) > 1 and tiling.in_tiles(value.shape[-2], value.shape[-1], None):
+            return torch.cat([self.encode(row) for row in value.split(1)])
         tokenizer = self.tokenizer.to(value.device)
         with torch.autocast(value.device.type, enabled=False):
             match self.key:
@@ -199,7 +204,7 @@ class CodesCondition(Condition):
                 pixels = functional.interpolate(pixels, size=(self.config.resize, self.config.resize))
             if self.config.scale is not None:
                 pixels = functional.interpolate(pixels, scale_factor=self.config.scale, mode="bilinear")
-            return tokenizer.encode(pixels)
+            return tiling.encode(tokenizer, pixels)
 
     def _map_size(self, grid: Grid) -> tuple[int, int]:
         """(H, W) of the map of a picture of so many cells."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stage1_vq import VQModel
+from stage1_vq import VQModel, tiling
 from stage1_vq.config import VQModelConfig
 from stage1_vq.inputs import one_hot
 from stage2_ar import ARPipeline
@@ -93,6 +93,26 @@ def test_codes_are_the_tokenizers_own(tokenizer: VQModel, kind: str) -> None:
         assert torch.equal(condition(condition.read({name: value}), (4, 6)).embeddings, prefix.embeddings)
     window = condition.windows(condition.read({name: value}), (4, 6), (3, 3))(1, 2)
     assert torch.equal(window.embeddings, condition.embedding(codes[:, 1:4, 2:5].flatten(1)))
+
+
+def test_large_maps_are_encoded_in_tiles(tokenizer: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a size, and then with the same codes; only the size is smaller here."""
+    own = condition_tokenizer("segmentation")
+    condition = make_model(tokenizer, own, placement="prefix").condition
+    maps = example("segmentation", (24, 16), 3)[1]
+    whole = condition(condition.read({"segmentation": maps}), (12, 8))
+    asked: list[tuple[int, ...]] = []
+    tiled = tiling.encode_tiled
+
+    def spy(model: VQModel, images: torch.Tensor, *, tile: int) -> torch.Tensor:
+        asked.append(tuple(images.shape))
+        return tiled(model, images, tile=8)
+
+    monkeypatch.setattr(tiling, "TILED_ABOVE", 16 * 16)
+    monkeypatch.setattr(tiling, "encode_tiled", spy)
+    again = condition(condition.read({"segmentation": maps}), (12, 8))
+    assert asked == [(1, 7, 24, 16)] * 3
+    assert torch.equal(again.embeddings, whole.embeddings)
 
 
 def test_a_lower_resolution_is_seen_enlarged(tokenizer: VQModel) -> None:
