@@ -35,7 +35,7 @@ from benchmarks.as_published_gpt import print_table
 from stage1_vq import VQModel
 from stage2_ar import ARPipeline
 from stage2_ar.config import ARTrainConfig
-from stage2_ar.sliding_window import Schedule, place_windows
+from stage2_ar.sliding_window import place_windows
 from stage2_ar.train import train
 from stage2_ar.transformer import code_log_likelihood
 from taming.config import load_config
@@ -49,7 +49,11 @@ from taming.metrics.seams import SeamFigure, periodicity, seam_figure
 Size = tuple[int, int]
 TRAINED, SIZES = 64, ((64, 256), (256, 256))
 PICTURES = {(64, 256): 12, (256, 256): 4}
-WINDOW = (8, 7)
+MODELS: dict[str, tuple[str, tuple[int, int] | None]] = {
+    "full attention": ("full_attention", None),
+    "window 8,7": ("window_8_7", (8, 7)),
+}
+"""Name -> folder of its run under --out, and its attention window."""
 
 
 class EncodedScenes(PictureDataset):
@@ -173,21 +177,24 @@ def main() -> None:
     parser.add_argument("--stride", type=int, nargs="*", default=[1, 8], help="of the sliding window")
     parser.add_argument("--windows", nargs="*", default=[], help="further windows R,C: bits per code only")
     parser.add_argument("--window-minutes", type=float, default=1)
-    parser.add_argument("--reuse", action="store_true", help="sample the models that are in --out")
+    parser.add_argument("--reuse", action="store_true", help="train nothing: sample the models in --out")
+    parser.add_argument("--wide-only", action="store_true", help="no squares")
     arguments = parser.parse_args()
     tokenizer = VQModel.from_pretrained(arguments.tokenizer)
+    if arguments.reuse:
+        models = {name: ARPipeline.from_pretrained(arguments.out / run) for name, (run, _) in MODELS.items()}
+        sample_all(
+            models, tokenizer, arguments.stride, arguments.out, SIZES[: 1 if arguments.wide_only else 2]
+        )
+        return
     splits = encoded(tokenizer)
-    models = {}
-    for name, window in (("full attention", None), (f"window {WINDOW[0]},{WINDOW[1]}", WINDOW)):
-        run = arguments.out / name.replace(" ", "_").replace(",", "_")
-        if arguments.reuse:
-            pipe = ARPipeline.from_pretrained(run)
-            models[name] = Trained(pipe, 0, 0, bits_per_code(pipe, splits[1]))
-        else:
-            models[name] = train_one(
-                arguments.tokenizer, window, splits, arguments.minutes, run, arguments.start
-            )
-    table = dict(models)
+    table = {
+        name: train_one(
+            arguments.tokenizer, window, splits, arguments.minutes, arguments.out / run, arguments.start
+        )
+        for name, (run, window) in MODELS.items()
+    }
+    models = {name: trained.pipe for name, trained in table.items()}
     for text in arguments.windows:
         rows, columns = (int(part) for part in text.split(","))
         run = arguments.out / f"short_{rows}_{columns}"
@@ -199,13 +206,19 @@ def main() -> None:
         ["", "bits a code", "steps", "minutes"],
         [[name, f"{m.bits:.3f}", str(m.steps), f"{m.minutes:.1f}"] for name, m in table.items()],
     )
-    sample_all(models, tokenizer, arguments.stride, arguments.out)
+    sample_all(models, tokenizer, arguments.stride, arguments.out, SIZES[: 1 if arguments.wide_only else 2])
 
 
-def sample_all(models: dict[str, Trained], tokenizer: VQModel, strides: Sequence[int], out: Path) -> None:
+def sample_all(
+    models: dict[str, ARPipeline],
+    tokenizer: VQModel,
+    strides: Sequence[int],
+    out: Path,
+    sizes: Sequence[Size],
+) -> None:
     factor, lines, sections = tokenizer.spec.downsample_factor, [], []
-    full, windowed = (trained.pipe for trained in models.values())
-    for size in SIZES:
+    full, windowed = models.values()
+    for size in sizes:
         count = PICTURES[size]
         scenes = ScenesDataset(ScenesDataConfig(size=list(size), num_validation=count), "validation")
         batch = scenes.batch(range(count), [-1] * count)
@@ -235,10 +248,7 @@ def sample_all(models: dict[str, Trained], tokenizer: VQModel, strides: Sequence
 def sampled(pipe: ARPipeline, maps: Tensor, size: Size, stride: int) -> tuple[Tensor, int, float]:
     """Pictures, the window's stride, and the seconds it took."""
     begin = time.perf_counter()
-    schedule: Schedule = "serial" if pipe.model.transformer.window is None else "wavefront"
-    out = pipe(
-        {"segmentation": maps}, height=size[0], width=size[1], seed=1, schedule=schedule, window_stride=stride
-    )
+    out = pipe({"segmentation": maps}, height=size[0], width=size[1], seed=1, window_stride=stride)
     return out.images, stride, time.perf_counter() - begin
 
 
