@@ -173,7 +173,8 @@ class ARTask:
             if warning is not None:
                 self._notes.append(warning)
         if self.best is not None:
-            self.best.offer(model, loss, self._step)
+            # Without a step made here the run was resumed at its end.
+            self.best.offer(model, loss, self._step or self.total_steps)
             figures["best_bits_per_code"] = self.best.loss / math.log(2)
             figures["best_step"] = self.best.step
         return figures
