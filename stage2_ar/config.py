@@ -121,8 +121,8 @@ class ARTrainConfig(Config):
     """Keep only each block's input for the backward pass and compute the rest again: about an eighth of the
     memory for 1.4 times the time (4 blocks of width 256 on a CPU); the gradients are the same."""
     compile: bool = False
-    """torch.compile the blocks in training; needs a C++ compiler, or Triton on a GPU. Meant for GPUs: on a CPU
-    steps do not become shorter."""
+    """torch.compile the blocks in training; needs a C++ compiler, or Triton on a GPU. Meant for GPUs: on
+    a CPU steps do not become shorter."""
     memorisation: MemorisationConfig | None = MemorisationConfig()
     """With each evaluation also measure as many training pictures, un-augmented, and warn where they become
     too probable; null: measure held-out ones only."""
