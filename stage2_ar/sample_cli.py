@@ -101,8 +101,8 @@ def sample(
     from stage2_ar.sample_edits import EditOptions, read_edit
     from stage2_ar.sample_inputs import ConditionFiles, read_conditions
     from stage2_ar.sample_options import SampleOptions
+    from stage2_ar.sample_sheet import sample_sheet
     from taming.data.picture import save_png
-    from taming.data.picture import tile as tile_pictures
     from taming.errors import UserError
     from taming.training.distributed import pick_device
 
@@ -178,5 +178,6 @@ def sample(
         (out / f"{number:04d}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if animation is not None:
             save_animation(result.animation(number), out / f"{number:04d}{SUFFIXES[animation]}")
-    save_png(tile_pictures(result.images.cpu(), columns=num), out / "sheet.png")
+    sheet = sample_sheet(pipe.model.condition, given.values, result.images.cpu(), num)
+    save_png(sheet, out / "sheet.png")
     typer.echo(f"{len(result.images)} pictures in {out}, a row a condition in {out / 'sheet.png'}")
