@@ -123,9 +123,12 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int) -> 
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def read_bandwidth() -> float:
-    """Bytes a second at which a matrix that fits no cache is read: a matrix-vector product of 256 MB."""
-    matrix, vector = torch.ones(16384, 4096), torch.ones(4096)
+def read_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second at which a matrix of this size is read: a matrix-vector product.
+
+    256 MB are read from memory; a part of fewer may rest in a large cache, as a small model's weights do.
+    """
+    matrix, vector = torch.ones(max(megabytes * 64, 1), 4096), torch.ones(4096)
     times = []
     for _ in range(7):
         start = time.perf_counter()
