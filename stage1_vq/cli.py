@@ -73,7 +73,8 @@ def reconstruct(
     from stage1_vq.evaluate import reconstruct
     from stage1_vq.inputs import as_picture
     from stage1_vq.pictures import numbered_inputs, save_restored
-    from taming.data.picture import save_png, tile
+    from taming.data.picture import save_png
+    from taming.data.picture import tile as tile_pictures
     from taming.training.distributed import pick_device
 
     tokenizer, place = _load(model), pick_device(device)
@@ -92,7 +93,7 @@ def reconstruct(
                 shown += pair
             report(done, total)
     sheet = torch.stack(shown[0::2] + shown[1::2])
-    save_png(tile(sheet, columns=len(shown) // 2), out / "sheet.png")
+    save_png(tile_pictures(sheet, columns=len(shown) // 2), out / "sheet.png")
     typer.echo(f"{done} reconstructions in {out}; {out / 'sheet.png'} shows pictures over reconstructions")
 
 
