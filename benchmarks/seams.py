@@ -7,10 +7,10 @@ TOKENIZER is one of 64 px scenes, the demo's runs/demo/stage1. Two transformers 
 codes of 64 px scenes, and of 64 px crops of larger ones, with the label map as an aligned condition: one
 attends to all before, and slides; the other has an attention window. With --start (the demo's
 runs/demo/stage2) both begin with its weights. Held-out label maps of 64x256 and 256x256 pixels are sampled by
-both. Figures (taming.metrics.seams) are relative to the real pictures of the same maps: 1.00 is as real,
-+- one standard error. "window" counts multiples of the trained window, where one picture trained on would
-end, columns and rows; "moves" the columns at which a window that rests moves on (of a stride above 1); F is
-`periodicity` with the trained window's width. Squares are slid with the last stride only, for their 4096
+both. Figures are those of taming.metrics.seams, alone and beside the real pictures of the same maps, +- one
+standard error: 1.00 is no seam. "window" counts multiples of the trained window, where one picture trained
+on would end, columns and rows; "moves" the columns at which a window that rests moves on (of a stride above
+1); F is `periodicity` with the trained window's width. Squares are slid with the last stride only, for their 4096
 cells take long. sheet.png is to be looked at.
 """
 
@@ -48,7 +48,6 @@ from taming.metrics.seams import SeamFigure, periodicity, seam_figure
 
 Size = tuple[int, int]
 TRAINED, SIZES = 64, ((64, 256), (256, 256))
-PICTURES = {(64, 256): 12, (256, 256): 4}
 MODELS: dict[str, tuple[str, tuple[int, int] | None]] = {
     "full attention": ("full_attention", None),
     "window 8,7": ("window_8_7", (8, 7)),
@@ -149,17 +148,19 @@ def moves(size: Size, factor: int, stride: int) -> list[int]:
 
 def figures(
     images: Tensor, real: Tensor, size: Size, factor: int, stride: int
-) -> tuple[SeamFigure, SeamFigure | None, list[float]]:
-    """At multiples of the trained window; at moves; periodicity of columns, and of rows of squares."""
+) -> tuple[SeamFigure, SeamFigure, SeamFigure | None, list[float]]:
+    """At multiples of the trained window, alone and beside real pictures; at moves, beside them; periodicity
+    of columns, and of rows of squares."""
     columns = list(range(TRAINED, size[1], TRAINED))
     rows = list(range(TRAINED, size[0], TRAINED))
+    alone = seam_figure(images, columns=columns, rows=rows, step=factor)
     at_window = seam_figure(images, columns=columns, rows=rows, step=factor, reference=real)
     moved = moves(size, factor, stride)
     at_moves = seam_figure(images, columns=moved, step=factor, reference=real) if moved else None
     period = [periodicity(images, TRAINED, "columns", step=factor)]
     if rows:
         period.append(periodicity(images, TRAINED, "rows", step=factor))
-    return at_window, at_moves, period
+    return alone, at_window, at_moves, period
 
 
 def written(figure: SeamFigure | None) -> str:
@@ -177,15 +178,14 @@ def main() -> None:
     parser.add_argument("--stride", type=int, nargs="*", default=[1, 8], help="of the sliding window")
     parser.add_argument("--windows", nargs="*", default=[], help="further windows R,C: bits per code only")
     parser.add_argument("--window-minutes", type=float, default=1)
+    parser.add_argument("--pictures", type=int, nargs=2, default=[24, 8], help="wide ones, and squares")
     parser.add_argument("--reuse", action="store_true", help="train nothing: sample the models in --out")
-    parser.add_argument("--wide-only", action="store_true", help="no squares")
     arguments = parser.parse_args()
     tokenizer = VQModel.from_pretrained(arguments.tokenizer)
+    counts = dict(zip(SIZES, arguments.pictures, strict=True))
     if arguments.reuse:
         models = {name: ARPipeline.from_pretrained(arguments.out / run) for name, (run, _) in MODELS.items()}
-        sample_all(
-            models, tokenizer, arguments.stride, arguments.out, SIZES[: 1 if arguments.wide_only else 2]
-        )
+        sample_all(models, tokenizer, arguments.stride, arguments.out, counts)
         return
     splits = encoded(tokenizer)
     table = {
@@ -206,7 +206,7 @@ def main() -> None:
         ["", "bits a code", "steps", "minutes"],
         [[name, f"{m.bits:.3f}", str(m.steps), f"{m.minutes:.1f}"] for name, m in table.items()],
     )
-    sample_all(models, tokenizer, arguments.stride, arguments.out, SIZES[: 1 if arguments.wide_only else 2])
+    sample_all(models, tokenizer, arguments.stride, arguments.out, counts)
 
 
 def sample_all(
@@ -214,34 +214,36 @@ def sample_all(
     tokenizer: VQModel,
     strides: Sequence[int],
     out: Path,
-    sizes: Sequence[Size],
+    counts: dict[Size, int],
 ) -> None:
     factor, lines, sections = tokenizer.spec.downsample_factor, [], []
     full, windowed = models.values()
-    for size in sizes:
-        count = PICTURES[size]
+    for size, count in counts.items():
+        if not count:
+            continue
         scenes = ScenesDataset(ScenesDataConfig(size=list(size), num_validation=count), "validation")
         batch = scenes.batch(range(count), [-1] * count)
         real, maps = batch["image"].float() / 127.5 - 1, batch["segmentation"]
         with torch.no_grad():
-            painted = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in real.split(4)]).clamp(
-                -1, 1
-            )
-        made: dict[str, tuple[Tensor, int, float]] = {"real": (real, 1, 0), "reconstructed": (painted, 1, 0)}
+            painted = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in real.split(4)])
+        made: dict[str, tuple[Tensor, int, float]] = {
+            "real": (real, 1, 0),
+            "reconstructed": (painted.clamp(-1, 1), 1, 0),
+        }
         for stride in strides if size[0] == TRAINED else strides[-1:]:
             made[f"sliding, stride {stride}"] = sampled(full, maps, size, stride)
         made["windowed attention"] = sampled(windowed, maps, size, 1)
         shown = [paint_labels(maps)]
         for name, (images, stride, seconds) in made.items():
-            at_window, at_moves, period = figures(images, real, size, factor, stride)
+            alone, at_window, at_moves, period = figures(images, real, size, factor, stride)
             lines.append(
-                [f"{size[0]}x{size[1]} {name}", written(at_window), written(at_moves),
+                [f"{size[0]}x{size[1]} {name}", written(alone), written(at_window), written(at_moves),
                  " ".join(f"{value:.1f}" for value in period), f"{seconds:.0f}"]
             )  # fmt: skip
             shown.append(images)
         sections.append(shown)
-    columns = ["", "at window's", "at moves", "F of columns, rows", "s"]
-    print_table("Seams, relative to real pictures of the same maps", columns, lines)
+    columns = ["", "window", "window, beside real", "moves, beside real", "F of columns, rows", "s"]
+    print_table("Seams of large scenes", columns, lines)
     save_png(sheet(sections), out / "sheet.png")
 
 

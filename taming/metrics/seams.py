@@ -58,8 +58,8 @@ def seam_figure(
     with cells. Both sums, over borders and pictures, are taken before they are divided.
 
     Where objects happen to end matters more than most seams. `reference` (B, C, H, W) are pictures of the
-    same things, the real ones of the label maps that samples were made from: the figure is divided by
-    theirs, and the error, that of the quotient, is a fraction of what it would be.
+    same things, the real ones of the label maps that samples were made from: what their jumps at borders
+    exceed those nearby by is taken off before the division, and the error is smaller.
     Raises ValueError without a border, and for one that is outside or has no place to compare with.
     """
     jumps, near = _jumps_at(images, columns, rows, step)
@@ -69,10 +69,10 @@ def seam_figure(
     sums = torch.stack((jumps, near, jumps_of_reference, near_of_reference))  # (4, B)
     total = sums.sum(dim=1, keepdim=True)
     count = len(images)
-    ratio = float(_quotient(total))
+    ratio = float(_relative(total))
     if count == 1:
         return SeamFigure(ratio, float("nan"))
-    without = _quotient(total - sums)  # (B,)
+    without = _relative(total - sums)  # (B,)
     error = ((count - 1) / count * (without - without.mean()).square().sum()).sqrt()
     return SeamFigure(ratio, float(error))
 
@@ -122,10 +122,14 @@ def _jumps_at(
     return torch.stack(at_borders).sum(0).double(), torch.stack(nearby).sum(0).double()
 
 
-def _quotient(sums: Tensor) -> Tensor:
-    """(4, n) -> (n,): how pictures' jumps compare, over how the reference's do."""
+def _relative(sums: Tensor) -> Tensor:
+    """(4, n) -> (n,): 1 + (excess - excess of the reference) / nearby.
+
+    Differences, for an object's edge is as high in both, while one may have more texture everywhere: a
+    quotient of quotients would take that for the lack of a seam.
+    """
     above, below, above_of_reference, below_of_reference = sums
-    return (above / below) / (above_of_reference / below_of_reference)
+    return 1 + (above - below - above_of_reference + below_of_reference) / below
 
 
 def _neighbours(borders: Sequence[int], length: int, step: int, axis: Axis) -> dict[int, list[int]]:
