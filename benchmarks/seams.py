@@ -10,8 +10,8 @@ runs/demo/stage2) both begin with its weights. Held-out label maps of 64x256 and
 both. Figures are those of taming.metrics.seams, alone and beside the real pictures of the same maps, +- one
 standard error: 1.00 is no seam. "window" counts multiples of the trained window, where one picture trained
 on would end, columns and rows; "moves" the columns at which a window that rests moves on (of a stride above
-1); F is `periodicity` with the trained window's width. Squares are slid with the last stride only, for their 4096
-cells take long. sheet.png is to be looked at.
+1); F is `periodicity` with the trained window's width. Squares are slid with the last stride only, for their
+4096 cells take long. sheet.png is to be looked at.
 """
 
 from __future__ import annotations
