@@ -103,6 +103,15 @@ class CodesCondition(Condition):
             )
         self._tokenizer[:] = [tokenizer.eval().requires_grad_(False)]
 
+    def attach(self, token_embedding: nn.Embedding) -> None:
+        """Raises ConfigError where a shared table has fewer entries than there are codes."""
+        if self.embedding is None and token_embedding.num_embeddings < self.facts.codebook_size:
+            raise ConfigError(
+                f"the condition's {self.facts.codebook_size} codes share the transformer's table, which has "
+                f"{token_embedding.num_embeddings} entries; set transformer.table_size to as many at least"
+            )
+        super().attach(token_embedding)
+
     def prefix_length(self, grid: Grid) -> int:
         if self.aligned:
             return 1

@@ -126,7 +126,8 @@ class CodesConditionConfig(Config):
     )
     dropout: Probability = Field(0.1, description="share of samples that train without it, for guidance")
     shared_vocabulary: bool = Field(
-        False, description="published models: a code is that entry of the transformer's table"
+        False,
+        description="published models: a code is that entry of the transformer's table, and there is no null",
     )
 
     @model_validator(mode="after")

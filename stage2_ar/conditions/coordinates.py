@@ -17,7 +17,7 @@ from torch.nn import functional
 from stage2_ar.conditions.base import Condition, Grid, all_attended, batch_size_of
 from stage2_ar.conditions.config import CoordinatesConditionConfig
 from taming.data.dataset import PictureDataset
-from taming.errors import UserError
+from taming.errors import ConfigError, UserError
 from taming.types import Batch, Prefix
 
 
@@ -85,6 +85,15 @@ class CoordinateTokensCondition(Condition):
         assert config.levels is not None
         self.levels = config.levels
         self.downsample_factor = downsample_factor
+
+    def attach(self, token_embedding: nn.Embedding) -> None:
+        """Raises ConfigError where the table has fewer entries than there are levels."""
+        if token_embedding.num_embeddings < self.levels:
+            raise ConfigError(
+                f"condition.levels {self.levels} is more than the transformer's table of "
+                f"{token_embedding.num_embeddings} entries; make it smaller, or set transformer.table_size"
+            )
+        super().attach(token_embedding)
 
     def prefix_length(self, grid: Grid) -> int:
         return grid[0] * grid[1]

@@ -173,6 +173,7 @@ def test_copies_share_the_tokenizer(tokenizer: VQModel) -> None:
         ("depth", {"scale": 2}, "condition.scale makes second pictures of pictures"),
         ("depth", {"resize": 8}, "set placement: prefix"),
         ("depth", {"shared_vocabulary": True}, "set placement: prefix"),
+        ("depth", {"shared_vocabulary": True, "placement": "prefix"}, "24 codes .* which has 16 entries"),
     ],
 )
 def test_what_cannot_be(tokenizer: VQModel, kind: str, condition: dict[str, Any], message: str) -> None:

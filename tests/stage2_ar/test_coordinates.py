@@ -18,7 +18,7 @@ from stage2_ar.conditions.coordinates import (
     raster_map,
 )
 from stage2_ar.train import train
-from taming.errors import UserError
+from taming.errors import ConfigError, UserError
 from taming.types import Batch
 from tests.conftest import ar_config, make_pipeline
 
@@ -72,6 +72,12 @@ def test_published_tokens_by_a_loop() -> None:
             ]
             expected = round(levels * sum(places) / len(places) / (height * width))
             assert condition.tokens(crop, grid)[0, row, column] == expected
+
+
+def test_a_table_that_is_too_small() -> None:
+    condition = build_condition(CoordinatesConditionConfig(levels=17), width=4, downsample_factor=2)
+    with pytest.raises(ConfigError, match=r"levels 17 is more than the transformer's table of 16 entries"):
+        condition.attach(torch.nn.Embedding(16, 4))
 
 
 def test_tokens_of_huge_pictures_stay_in_the_table() -> None:
