@@ -2,11 +2,12 @@
 
     python benchmarks/conditions.py --tokenizer runs/demo/stage1 [--minutes 3] [--only class ...] [--out DIR]
 
-For every condition a transformer (4 layers of width 256) is trained for `--minutes` on codes of the tokenizer
-(64 px, f4) and samples 64 pictures of held-out conditions. The figure says how well they follow; "shuffled"
-is the same figure against another sample's condition, which is what a model that ignores its condition would
-reach; "real" is that of the held-out scenes themselves as the tokenizer paints them, the ceiling. What
-pictures show is read by benchmarks/scene_reader.py. DIR gets conditions.json, conditions.png and the models.
+For every condition the demo's transformer (4 layers of width 256) is trained for `--minutes` on codes of the
+tokenizer (64 px, f4) and samples 64 pictures of held-out conditions. The figure says how well they follow;
+"shuffled" is the same figure against another sample's condition, which is what a model that ignores its
+condition would reach; "real" is that of the held-out scenes themselves as the tokenizer paints them, the
+ceiling. What pictures show is read by benchmarks/scene_reader.py. DIR gets conditions.json, conditions.png
+and the models.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from stage2_ar import ARPipeline
 from stage2_ar.config import ARTrainConfig
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.train import train
-from taming.config import build_config
+from taming.config import build_config, load_config
 from taming.data.batch import to_device
 from taming.data.config import ScenesDataConfig
 from taming.data.dataset import ScenesDataset
@@ -193,26 +194,12 @@ def scenes(split: str, count: int, crop_from: int | None) -> ScenesDataset:
 
 
 def settings(codes: Path, condition: dict[str, Any], minutes: float) -> ARTrainConfig:
-    return build_config(
-        ARTrainConfig,
-        {
-            "data": {"kind": "codes", "root": str(codes)},
-            "transformer": {
-                "kind": "llama", "num_layers": 4, "num_heads": 4, "width": 256, "qk_norm": False,
-            },
-            "condition": condition,
-            "optimizer": {
-                "learning_rate": 1.5e-3, "betas": [0.9, 0.95], "weight_decay": 0.05, "schedule": "cosine",
-                "warmup_steps": 100, "final_ratio": 0.02,
-            },
-            "training": {
-                "steps": 4000, "minutes": minutes, "batch_size": 8, "precision": "auto", "clip_norm": 1.0,
-                "ema_decay": 0.99, "log_every": 200, "evaluate_every": 10000, "preview_every": 10000,
-                "checkpoint_every": 10000, "evaluation_pictures": 128,
-            },
-        },
-        source="benchmarks/conditions.py",
-    )  # fmt: skip
+    """The demo's training with another condition."""
+    overrides = [f"data.root={codes}", "training.steps=4000", "training.log_every=200"]
+    overrides += [f"training.{name}_every=100000" for name in ("evaluate", "preview", "checkpoint")]
+    demo = load_config(ARTrainConfig, "stage2", [*overrides, f"training.minutes={minutes}"], group="demo")
+    values = {**demo.model_dump(mode="json"), "condition": condition}
+    return build_config(ARTrainConfig, values, source="benchmarks/conditions.py")
 
 
 def prepare_codes(tokenizer: VQModel, root: Path, crop_from: int | None) -> tuple[Path, ScenesDataset]:
