@@ -3,9 +3,9 @@
     python benchmarks/sliding_window.py [--size large] [--repeats 1] [--columns 32]
 
 Greedy. Of the sliding window only the left half of row 32 is drawn, where the window rests as often as in a
-whole row; all other cells are given (upper rows are cheaper, lower ones dearer). "as published" runs 511 inputs for each code, without a
-cache: it is timed on a few of these cells, and must draw the codes that ours drew there in fp32. The
-published arithmetic is fp32.
+whole row; all other cells are given (upper rows are cheaper, lower ones dearer). "as published" runs 511
+inputs for each code, without a cache: it is timed on a few of these cells, and must draw the codes that ours
+drew there in fp32. The published arithmetic is fp32.
 
 "attention window" is a transformer of the same depth and width that was built with a window of (8, 7): its
 cost does not depend on the place, so it writes from the first cell on and is timed when as many rows as
