@@ -27,12 +27,13 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 12 photographs, in which the README's commands have run."""
+    """A folder with 13 photographs, in which the README's commands have run."""
     folder = tmp_path_factory.mktemp("stranger")
     (folder / "photos").mkdir()
     for number in range(12):
         colour = (20 * number, 255 - 20 * number, 128)
         Image.new("RGB", (90 + number, 70), colour).save(folder / f"photos/{number}.jpg")
+    Image.new("RGB", (96, 80), (40, 90, 160)).save(folder / "photos/lake.jpg")
     commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
     assert len(commands) >= 10
     for command in commands:
@@ -49,11 +50,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_leave_what_the_readme_says(place: Path) -> None:
-    assert len(list((place / "painted").glob("[0-9]*.png"))) == 12
+    assert len(list((place / "painted").glob("*.png"))) == 14  # and the sheet
     assert (place / "samples/0003.json").is_file()
     with Image.open(place / "wide/0000.png") as image:
         assert image.size == (128, 64)
-    assert (place / "painted-maps/sheet.png").is_file()
+    for folder in ("painted-maps", "from-edges", "completed"):
+        assert (place / folder / "sheet.png").is_file()
 
 
 def test_python_runs_as_it_stands(place: Path) -> None:
