@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
-from taming.data.edges import canny
+from taming.data.edges import _connected, canny
 
 
 def test_a_step_is_one_line() -> None:
@@ -41,3 +42,31 @@ def test_pictures_do_not_depend_on_their_batch() -> None:
     assert torch.equal(whole, torch.cat([canny(image[None]) for image in images]))
     with pytest.raises(ValueError, match="2x2"):
         canny(torch.zeros(1, 3, 1, 8))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6])
+def test_hysteresis_is_a_flood_from_strong_pixels(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weak = torch.rand(3, 1, 21, 17, generator=generator) < share
+    strong = weak & (torch.rand(weak.shape, generator=generator) < 0.05)
+    flooded = strong.clone()
+    while True:
+        grown = (functional.max_pool2d(flooded.float(), 3, stride=1, padding=1) > 0) & weak
+        if torch.equal(grown, flooded):
+            break
+        flooded = grown
+    assert torch.equal(_connected(strong, weak), flooded)
+    assert strong.sum() < flooded.sum() < weak.sum()
+
+
+def test_a_long_way_is_followed_to_its_end() -> None:
+    """A serpentine of some thousand pixels with one strong end."""
+    weak = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    weak[..., ::2, :] = True
+    weak[..., 1::4, -1] = True
+    weak[..., 3::4, 0] = True
+    strong = torch.zeros_like(weak)
+    strong[..., 0, 0] = True
+    assert torch.equal(_connected(strong, weak), weak)
+    assert not _connected(torch.zeros_like(weak), weak).any()
+    assert not _connected(torch.zeros_like(weak), torch.zeros_like(weak)).any()
