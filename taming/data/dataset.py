@@ -45,6 +45,8 @@ class PictureDataset(ABC):
     """Labels of the segmentation maps; 0 without maps."""
     object_names: Sequence[str] = ()
     """Names of the objects' classes; empty without objects."""
+    notes: Sequence[str] = ()
+    """What a user should know of the data before training: what was left out of it, say."""
 
     @property
     def num_classes(self) -> int:

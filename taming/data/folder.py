@@ -69,6 +69,9 @@ class FolderDataset(PictureDataset):
         if config.objects is not None:
             annotations = read_annotations(root / config.objects, keys, crowds=config.crowds)
             self.objects, self.object_names = annotations.objects, annotations.names
+            left_out = [f"{count} {what}" for what, count in annotations.skipped.items() if count]
+            if left_out:
+                self.notes = [f"left out of {root / config.objects}: {', '.join(left_out)}"]
         if config.text is not None:
             self.captions = read_captions(root / config.text, keys)
         held_out = _held_out(entries, config.validation_fraction)

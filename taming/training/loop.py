@@ -120,6 +120,9 @@ def run_training(
     with Tracker(run, training.steps, enabled=accelerator.is_main_process) as tracker, _signals() as signals:
         if checkpoint is not None:
             tracker.note(f"resumed from {checkpoint} at step {step}")
+        else:
+            for note in train_data.notes:
+                tracker.note(note)
         figures = loop.go(tracker, signals, step, pictures)
     accelerator.end_training()
     return RunResult(run, run / "model", figures, training.steps, tuple(loop.notes))

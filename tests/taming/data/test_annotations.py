@@ -81,6 +81,9 @@ def test_a_centre_crop_clips_and_drops(root: Path) -> None:
     # The crop shows x in [0.25, 0.75]: half of the width. The vase begins at its edge, the cat is outside.
     assert sample["objects"] == [{"label": 1, "box": (0.0, 0.25, 0.5, 0.75)}]
     assert dataset.sample(1, -1)["objects"] == []
+    assert dataset.notes == [
+        f"left out of {root / 'boxes.json'}: 1 pictures not at hand, 1 crowds, 1 boxes without area"
+    ]
     batch = dataset.batch([0, 1], [-1, 0])
     assert [len(objects) for objects in batch["objects"]] == [1, 0]
 
