@@ -108,7 +108,8 @@ def filtered_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor
     """Logits (..., V) -> probabilities (..., V) fp32 after temperature, top-k and top-p."""
     logits = logits.float() / settings.temperature
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
-        threshold = logits.topk(settings.top_k, dim=-1).values[..., -1:]
+        largest = logits.topk(settings.top_k, dim=-1, sorted=False).values
+        threshold = largest.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     probabilities = logits.softmax(dim=-1)
     if settings.top_p is not None and settings.top_p < 1:

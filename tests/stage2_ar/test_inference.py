@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stage2_ar.inference import MKLLinear, PackedLinear, can_pack, can_pack_mkl, for_inference
+from stage2_ar.inference import MKLLinear, PackedLinear, Weights, can_pack, can_pack_mkl, for_inference
 from stage2_ar.quantized_linear import Int8Linear, can_read_int8, dequantize_rows, quantize_rows
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.transformer import Transformer, build_transformer
@@ -46,10 +46,10 @@ def test_another_number_of_rows_works() -> None:
 
 
 @pytest.mark.parametrize("weights", ["full", "int8"])
-def test_a_copy_leaves_the_model_as_it_was(weights: str) -> None:
+def test_a_copy_leaves_the_model_as_it_was(weights: Weights) -> None:
     model = small_transformer("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for_inference(model, torch.bfloat16, 2, weights)  # type: ignore[arg-type]
+    for_inference(model, torch.bfloat16, 2, weights)
     assert all(parameter.requires_grad for parameter in model.parameters())
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
@@ -116,3 +116,23 @@ def test_8_bit_copy_is_close_and_samples(kind: str, rows: int) -> None:
     uniforms = picture_uniforms(0, 0, 2, CELLS)
     drawn = sample_codes(prepared, prefix, None, GRID, uniforms, SamplingSettings())
     assert torch.equal(drawn, sample_codes(prepared, prefix, None, GRID, uniforms, SamplingSettings()))
+
+
+@pytest.mark.parametrize("weights", ["full", "int8"])
+def test_a_copy_with_an_attention_window_samples(weights: Weights) -> None:
+    config = LlamaConfig(num_layers=2, num_heads=2, width=32, mlp_width=64, attention_window=(2, 2))
+    torch.manual_seed(0)
+    model = build_transformer(config, vocabulary_size=VOCABULARY, grid=GRID, prefix_length=1).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prefix = Prefix(torch.randn(2, 1, 32), torch.ones(2, 1, dtype=torch.bool))
+    uniforms = picture_uniforms(0, 0, 2, 48)
+    for rows in (2, 8):
+        prepared = for_inference(model, torch.float32, rows, weights)
+        drawn = sample_codes(prepared, prefix, None, (6, 8), uniforms, SamplingSettings(top_k=9))
+        assert drawn.shape == (2, 6, 8)
+        if weights == "full":
+            expected = sample_codes(model, prefix, None, (6, 8), uniforms, SamplingSettings(top_k=9))
+            assert torch.equal(drawn, expected)
+        else:
+            assert len(drawn.unique()) > 3
