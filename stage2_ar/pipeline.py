@@ -37,6 +37,10 @@ from taming.errors import ArtifactError, UserError
 from taming.types import Batch
 
 
+SCORED_LOGITS = 2**26
+"""Logits that are held at once to score pictures, unless a single one needs more."""
+
+
 @dataclass(frozen=True)
 class PipelineOutput:
     """Pictures, and what they were painted from."""
@@ -327,7 +331,16 @@ class ARPipeline(Editing):
         if scorer is not None:
             return scores_of(scorer, self.decode(codes, len(codes), tile=tile))
         condition, transformer, window = self.model.condition, self.model.transformer, self.model.config.grid
-        guide, count = settings.guides and condition.has_null, len(codes)
+        guide = settings.guides and condition.has_null
+        at_once = max(SCORED_LOGITS // (codes[0].numel() * transformer.vocabulary_size), 1)
+        if len(codes) > at_once:
+            parts = torch.arange(len(codes), device=codes.device).split(at_once)
+            scores = [
+                self._score(saying.rows(part), grid, codes[part], settings, order, None, tile)
+                for part in parts
+            ]
+            return torch.cat(scores)
+        count = len(codes)
         if transformer.window is not None or (grid[0] <= window[0] and grid[1] <= window[1]):
             null = condition.null(count, grid, self.device) if guide else None
             prefix = saying.prefix(condition, grid)

@@ -165,6 +165,18 @@ def test_best_of_keeps_the_most_probable(pipe: ARPipeline) -> None:
     assert not torch.equal(out.codes, first.codes)
 
 
+def test_scores_do_not_depend_on_how_many_are_scored_at_once(
+    pipe: ARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Any] = {"num_images": 2, "best_of": 2, "guidance_scale": 2.0}
+    together = pipe({"class": [0, 2]}, **said)
+    monkeypatch.setattr("stage2_ar.pipeline.SCORED_LOGITS", 1)
+    apart = pipe({"class": [0, 2]}, **said)
+    assert together.scores is not None
+    assert apart.scores is not None
+    torch.testing.assert_close(together.scores, apart.scores)
+
+
 def test_without_guidance_the_score_is_the_log_likelihood(pipe: ARPipeline) -> None:
     codes = torch.randint(16, (2, 4, 4))
     batch = pipe.model.condition.read({"class": [0, 2]})
