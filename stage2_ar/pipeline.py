@@ -36,7 +36,6 @@ from taming.artifact import push_artifact
 from taming.errors import ArtifactError, UserError
 from taming.types import Batch
 
-
 SCORED_LOGITS = 2**26
 """Logits that are held at once to score pictures, unless a single one needs more."""
 
