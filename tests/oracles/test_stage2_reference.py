@@ -121,6 +121,7 @@ def test_sliding_window(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [(1, 1, 80, 96)]  # one encoding of the whole map
 
 
+@pytest.mark.slow
 def test_a_bare_transformer_and_a_window_of_any_prefix() -> None:
     checkpoint, config, io_path = reference_paths("sliding_window")
     io, size = load_file(io_path), (16, 16)

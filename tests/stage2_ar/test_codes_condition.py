@@ -158,6 +158,26 @@ def test_a_pipeline_without_its_condition_tokenizer_is_refused(tokenizer: VQMode
         ARPipeline(ARModel(values), tokenizer)
 
 
+def test_several_tokenizers(tokenizer: VQModel, tmp_path: Path) -> None:
+    """Beside each other and coordinates, trained, saved under the names that a user gives."""
+    tokenizer.save_pretrained(tmp_path / "pictures")
+    parts: list[dict[str, Any]] = [{"kind": "coordinates"}]
+    for kind in ("segmentation", "depth"):
+        condition_tokenizer(kind).save_pretrained(tmp_path / kind)
+        placement = "prefix" if kind == "depth" else "aligned"
+        parts.append({"kind": "codes", "tokenizer": str(tmp_path / kind), "placement": placement})
+    condition = {"kind": "combined", "conditions": parts}
+    train(ar_config(tokenizer=str(tmp_path / "pictures"), condition=condition), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert names >= {"condition_tokenizer_segmentation", "condition_tokenizer_depth"}
+    pipe = ARPipeline.from_pretrained(tmp_path / "run")
+    assert str(tmp_path) not in (tmp_path / "run" / "model" / "transformer" / "config.json").read_text()
+    given = dict(example(kind, (20, 16), 2) for kind in ("segmentation", "depth"))
+    out = pipe(given, height=20, width=16, guidance_scale=2.0)
+    assert out.images.shape == (2, 3, 20, 16)
+    assert torch.equal(pipe(given, height=20, width=16, guidance_scale=2.0, batch_size=1).codes, out.codes)
+
+
 def test_copies_share_the_tokenizer(tokenizer: VQModel) -> None:
     model = make_model(tokenizer, condition_tokenizer("depth"))
     again = copy.deepcopy(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ SIZE = (GRID[0] * FACTOR, GRID[1] * FACTOR)
 CELLS = GRID[0] * GRID[1]
 
 
-def tokenizer_of(**changes: Any) -> VQModel:
-    return small_model(**changes)
+@cache
+def tokenizer_of() -> VQModel:
+    return small_model()
 
 
+@cache
 def maps_tokenizer(codes: int = 16, key: str = "segmentation") -> VQModel:
     channels = 5 if key == "segmentation" else 1
     quantizer = {"kind": "nearest", "codebook_size": codes, "code_dim": 4}
@@ -148,7 +151,7 @@ def test_masks_decide_how_much_is_unmasked(tmp_path: Path) -> None:
 def test_classes_with_the_shortest_block_and_a_gumbel_tokenizer(tmp_path: Path) -> None:
     """As the published class-conditional model: the last code's place is missing."""
     gpt = random_gpt(TABLE, CELLS)
-    first = tokenizer_of(quantizer={"kind": "gumbel", "codebook_size": CODES, "code_dim": 8})
+    first = small_model(quantizer={"kind": "gumbel", "codebook_size": CODES, "code_dim": 8})
     labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 30}}
     description = container_yaml(gpt, first, labels, "class_label", "taming.models.vqgan.GumbelVQ")
     pipe = imported(tmp_path, checkpoint_of(gpt, first), description, size=SIZE)
