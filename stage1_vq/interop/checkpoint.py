@@ -13,6 +13,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # Old pickles make torch.load warn about how they were written, which is nobody's business here.
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, n) for n in HARMLESS]):
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, not read: most of a large checkpoint is the state of its optimisers.
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ArtifactError(_refusal(path, str(error))) from None
     except DAMAGED as error:
