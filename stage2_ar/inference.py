@@ -168,8 +168,12 @@ def _in_8_bits(linear: nn.Linear, rows: int) -> nn.Module:
 
 def _frozen(transformer: Transformer) -> Transformer:
     """A copy whose parameters share the original's memory and take no gradients."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in transformer.parameters()}
-    return copy.deepcopy(transformer, shared)
+    known: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in transformer.parameters()
+    }
+    if transformer._compiled is not None:
+        known[id(transformer._compiled)] = None  # of training alone, and nothing to copy
+    return copy.deepcopy(transformer, known)
 
 
 def _replace_linears(transformer: Transformer, replacement: Callable[[nn.Linear], nn.Module]) -> None:

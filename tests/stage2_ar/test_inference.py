@@ -56,6 +56,13 @@ def test_a_copy_leaves_the_model_as_it_was(weights: Weights) -> None:
         assert torch.equal(value, before[name])
 
 
+def test_a_copy_of_a_model_that_trains_compiled_is_not_compiled() -> None:
+    model = small_transformer.__wrapped__("gpt")
+    model.compile_blocks()
+    assert for_inference(model, torch.float32, 4)._compiled is None
+    assert model._compiled is not None
+
+
 def test_bfloat16_copy_is_close() -> None:
     model, prefix = small_transformer("llama"), random_prefix(2)
     codes = torch.randint(VOCABULARY, (2, CELLS))
