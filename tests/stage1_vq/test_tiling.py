@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.peak_memory import peak_bytes
 from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
 from stage1_vq.evaluate import reconstruct
@@ -115,3 +116,15 @@ def test_reconstruction_in_tiles() -> None:
     tiled_codes, tiled = reconstruct(model, images, tile=6)
     assert torch.equal(codes, tiled_codes)
     torch.testing.assert_close(tiled, painted, atol=2e-5, rtol=1e-4)
+
+
+def test_memory_does_not_grow_with_the_picture() -> None:
+    model = small_tokenizer()
+
+    def held(height: int, tile: int) -> int:
+        codes = torch.randint(16, (1, height // 2, 8))
+        output = 3 * height * 16 * 4
+        return peak_bytes(lambda: decode(model, codes, tile=tile)) - output
+
+    assert held(256, 16) < 1.2 * held(32, 16)
+    assert held(128, 0) > 2 * held(32, 0)
