@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +36,11 @@ class TextCondition(Condition):
         self.max_length = config.encoder.max_length
         self.start = nn.Parameter(torch.randn(width) * 0.02)
         self.null_embedding = nn.Parameter(torch.randn(width) * 0.02) if self.has_null else None
+        # The caption as a whole is told to every cell too: attention finds words late in a short training.
+        self.pooled_norm = nn.LayerNorm(width)
+        self.pooled_out = nn.Linear(width, width)
+        nn.init.normal_(self.pooled_out.weight, std=0.02 / width**0.5)
+        nn.init.zeros_(self.pooled_out.bias)
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -66,7 +72,13 @@ class TextCondition(Condition):
         # Zeros, so that not even a learned position's company is told about what is not there.
         positions = positions.masked_fill(~mask[..., None], 0.0)
         start = self.start.expand(len(positions), 1, -1)
-        return Prefix(torch.cat((positions, start), dim=1), functional.pad(mask, (0, 1), value=True))
+        pooled = positions.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        pooled = self.pooled_out(self.pooled_norm(pooled))
+        return Prefix(
+            torch.cat((positions, start), dim=1),
+            functional.pad(mask, (0, 1), value=True),
+            cells=repeat(pooled, "b d -> b h w d", h=grid[0], w=grid[1]),
+        )
 
     def null(self, batch_size: int, grid: Grid, device: torch.device | str) -> Prefix:
         if self.null_embedding is None:
@@ -77,7 +89,8 @@ class TextCondition(Condition):
         embeddings = functional.pad(null.expand(batch_size, 1, -1), (0, 0, self.max_length, 0))
         mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=device)
         mask[:, -1] = True
-        return Prefix(embeddings, mask)
+        cells = torch.zeros(batch_size, *grid, len(null), dtype=null.dtype, device=device)
+        return Prefix(embeddings, mask, cells=cells)
 
     def read_value(self, name: str, value: Any, device: torch.device | str) -> Any:
         texts = [value] if isinstance(value, str) else value

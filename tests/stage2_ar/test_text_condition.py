@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ def test_other_padding_same_logits(kind: str, transformer: str, clip: Path) -> N
     with torch.no_grad():
         expected = model(codes, prefix, GRID)
         assert torch.allclose(
-            model(codes, Prefix(prefix.embeddings + noise, prefix.mask), GRID), expected, atol=1e-5
+            model(codes, replace(prefix, embeddings=prefix.embeddings + noise), GRID), expected, atol=1e-5
         )
-        loud = Prefix(prefix.embeddings + noise, torch.ones_like(prefix.mask))
+        loud = replace(prefix, embeddings=prefix.embeddings + noise, mask=torch.ones_like(prefix.mask))
         assert not torch.allclose(model(codes, loud, GRID), expected, atol=1e-2)
 
 
@@ -185,11 +186,15 @@ def test_the_encoder_is_no_part_of_the_weights(clip: Path) -> None:
         "null_embedding",
         "norm",
         "out",
+        "pooled_norm",
+        "pooled_out",
     }
     assert not any(p.requires_grad for p in condition.encoder.opened.model.parameters())
     assert copy.deepcopy(condition).encoder is condition.encoder  # an average of weights does not double it
     for _ in range(8):
-        condition.train()({"text": ["a cat", "a dog"]}, GRID).embeddings.pow(2).sum().backward()
+        prefix = condition.train()({"text": ["a cat", "a dog"]}, GRID)
+        assert prefix.cells is not None
+        (prefix.embeddings.pow(2).sum() + prefix.cells.pow(2).sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in condition.parameters())
 
 
@@ -245,12 +250,14 @@ def test_a_pipeline_takes_its_encoder_along(clip: Path, tokenizer: VQModel, tmp_
     assert isinstance(pipe.model.condition, EncodedTextCondition)
     with torch.no_grad():
         pipe.model.condition.out.weight.mul_(100)
-    expected = pipe({"text": ["a cat", "a dog"]}, guidance_scale=30.0)
-    assert not torch.equal(expected.codes[0], pipe({"text": "a dog"}, guidance_scale=30.0).codes[0])
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pictures, texts = picture.repeat(2, 1, 1, 1), {"text": ["a cat", "a dog"]}
+    expected = pipe.log_likelihood(pictures, texts)
+    assert expected[0] != expected[1]  # the same picture, told otherwise
     pipe.save_pretrained(tmp_path / "pipe")
     shutil.rmtree(mine)  # who loads the pipeline does not have it
     loaded = ARPipeline.from_pretrained(tmp_path / "pipe")
-    assert torch.equal(loaded({"text": ["a cat", "a dog"]}, guidance_scale=30.0).codes, expected.codes)
+    assert torch.equal(loaded.log_likelihood(pictures, texts), expected)
     stamp = (tmp_path / "pipe/text_encoder/model.safetensors").stat().st_mtime_ns
     pipe.save_pretrained(tmp_path / "pipe")  # as each checkpoint does
     assert (tmp_path / "pipe/text_encoder/model.safetensors").stat().st_mtime_ns == stamp
