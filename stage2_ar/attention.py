@@ -135,8 +135,8 @@ def attention_mask(
     return ((allowed[None] & visible[:, None]) | (key == query)[None])[:, None]
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention with one fused projection of queries, keys and values."""
+class AttentionProjections(nn.Module):
+    """What every attention here has: one fused projection of queries, keys and values, and one back."""
 
     def __init__(self, width: int, heads: int, *, bias: bool, qk_norm: bool, dropout: float) -> None:
         super().__init__()
@@ -147,11 +147,20 @@ class CausalAttention(nn.Module):
         self.query_norm = RMSNorm(width // heads) if qk_norm else None
         self.key_norm = RMSNorm(width // heads) if qk_norm else None
 
-    def forward(self, x: Tensor, attend: Attend, layer: int, *, only_last: bool = False) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) where only the last position's answer is wanted."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> queries, keys and values (B, H, T, C), not yet turned."""
         query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
+
+class CausalAttention(AttentionProjections):
+    """Multi-head attention of each position to all before it."""
+
+    def forward(self, x: Tensor, attend: Attend, layer: int, *, only_last: bool = False) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) where only the last position's answer is wanted."""
+        query, key, value = self.project(x)
         if attend.rotation is not None:
             query, key = rotate(query, attend.rotation), rotate(key, attend.rotation)
         if attend.cache is not None:

@@ -26,13 +26,12 @@ from typing import Protocol
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from stage2_ar.attention import attention_mask
+from stage2_ar.attention import AttentionProjections, attention_mask
 from taming.layers.position import Rotation, grid_cells, rotary_2d, rotate
-from taming.layers.rms_norm import RMSNorm
 
 Grid = tuple[int, int]
 Window = tuple[int, int]
@@ -53,23 +52,12 @@ class WindowAttend(Protocol):
         ...
 
 
-class WindowedAttention(nn.Module):
+class WindowedAttention(AttentionProjections):
     """The projections of `CausalAttention`, by the same names, around a window's attention."""
-
-    def __init__(self, width: int, heads: int, *, bias: bool, qk_norm: bool, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.proj = nn.Linear(width, width, bias=bias)
-        self.query_norm = RMSNorm(width // heads) if qk_norm else None
-        self.key_norm = RMSNorm(width // heads) if qk_norm else None
 
     def forward(self, x: Tensor, attend: WindowAttend, layer: int, *, only_last: bool = False) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, 1, D) where only the last position's answer is wanted."""
-        query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = self.project(x)
         out = attend.over(query, key, value, layer, self.dropout if self.training else 0.0)
         projected: Tensor = self.proj(rearrange(out[:, :, -1:] if only_last else out, "b h t c -> b t (h c)"))
         return projected
