@@ -22,6 +22,7 @@ from stage2_ar.attention import AttendOne, KVCache, Positions, one_rotation
 from stage2_ar.guidance import guided
 from stage2_ar.sampling import SamplingSettings, draw
 from stage2_ar.transformer import Transformer
+from taming.errors import UserError
 
 Known = tuple[Tensor, Tensor]
 """Codes (B, N) and whether they are given (B, N), in the order of writing."""
@@ -50,7 +51,7 @@ def finish_statically(
     float64. `after_cell` is called with the number of cells that were drawn, on a GPU as soon as they are
     asked for. On a GPU the step is captured as one graph, which is kept for the next call of these shapes
     and settings.
-    Raises RuntimeError where the step cannot be captured.
+    Raises UserError where the step cannot be captured.
     """
     key = _key(transformer, cache, uniforms, settings, guide, known)
     steps = _kept.setdefault(transformer, {})
@@ -170,7 +171,7 @@ class StaticStep:
     def capture(self) -> None:
         """Capture `step` as one CUDA graph. What it does to the buffers meanwhile is undone by `load`.
 
-        Raises RuntimeError where torch cannot capture it.
+        Raises UserError where torch cannot capture it.
         """
         # First some steps on a stream of their own, as torch asks for: kernels load and libraries allocate.
         stream = torch.cuda.Stream(self.codes.device)
@@ -186,8 +187,9 @@ class StaticStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
-            raise RuntimeError(
-                "the step of sampling could not be captured as a CUDA graph; eager=True does without"
+            raise UserError(
+                f"this GPU could not capture a step of sampling as a CUDA graph ({error}); sample without "
+                "one by pipe.to(eager=True), or on the CPU by --device cpu"
             ) from error
         self.graph = graph
 
