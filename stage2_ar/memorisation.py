@@ -29,7 +29,8 @@ from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.transformer import code_log_likelihood
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
-from taming.data.loader import epoch_order, evaluation_batches
+from taming.data.loader import evaluation_batches
+from taming.data.order import epoch_order
 from taming.data.picture import tile
 from taming.errors import UserError
 from taming.training.host_state import HostState

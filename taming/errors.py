@@ -16,5 +16,22 @@ class DataError(UserError):
     """A picture, a map or a folder of them cannot be used."""
 
 
+REASONS = ("missing", "unreadable", "truncated", "too large", "mismatched", "checksum")
+"""What can be wrong with a sample's files: gone; damaged or of another format; cut off; of more pixels than
+allowed; of another kind, mode or size than the data says; other bytes than the index of its shard says."""
+
+
+class BadSample(DataError):
+    """The files of one sample cannot be used; others may be. `reason` is one of REASONS."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        assert reason in REASONS
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ArtifactError(UserError):
     """A saved model or a checkpoint cannot be used."""

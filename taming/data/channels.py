@@ -12,7 +12,7 @@ from einops import rearrange
 
 from taming.data.picture import MAX_PIXELS, read_picture, read_size
 from taming.data.transforms import Crop, crop_picture, crop_plane, needed_size
-from taming.errors import DataError
+from taming.errors import BadSample, DataError
 
 ARRAY_SUFFIX = ".npy"
 FILE_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -69,19 +69,24 @@ def _open_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"array {path} cannot be read: {error}; write it with numpy.save") from None
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise BadSample(f"array {path} cannot be read: {error}; write it with numpy.save", reason) from None
     if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[0] != channels:
         shape = getattr(array, "shape", "several arrays")
-        raise DataError(
+        raise BadSample(
             f"array {path} is {shape}, not (C, H, W) with {channels} channels; set data.channels, or "
-            "move the axis of the channels to the front"
+            "move the axis of the channels to the front",
+            "mismatched",
         )
     if array.dtype not in (np.uint8, np.uint16, np.float32):
-        raise DataError(f"array {path} is {array.dtype}; save it as uint8, uint16, or float32 in [-1, 1]")
+        raise BadSample(
+            f"array {path} is {array.dtype}; save it as uint8, uint16, or float32 in [-1, 1]", "mismatched"
+        )
     if array.shape[1] * array.shape[2] > max_pixels or not array.size:
-        raise DataError(
+        raise BadSample(
             f"array {path} has {array.shape[2]}x{array.shape[1]} pixels, not 1 to data.max_pixels ="
-            f" {max_pixels}; make it smaller or raise data.max_pixels"
+            f" {max_pixels}; make it smaller or raise data.max_pixels",
+            "too large",
         )
     return array
 
@@ -91,7 +96,10 @@ def _read_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
     if array.dtype == np.uint16:
         return array.astype(np.float32) / 32767.5 - 1
     if array.dtype == np.float32 and not (np.isfinite(array).all() and np.abs(array).max() <= 1):
-        raise DataError(f"array {path} holds values from {array.min()} to {array.max()}; scale it to [-1, 1]")
+        raise BadSample(
+            f"array {path} holds values from {array.min()} to {array.max()}; scale it to [-1, 1]",
+            "mismatched",
+        )
     return array
 
 

@@ -16,6 +16,7 @@ import torch
 from taming.data.batch import collate
 from taming.data.boxes import crop_objects, mirror_box, mirror_objects
 from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.data.order import epoch_order
 from taming.data.scenes import (
     CLASS_NAMES,
     LABEL_NAMES,
@@ -47,6 +48,8 @@ class PictureDataset(ABC):
     """Names of the objects' classes; empty without objects."""
     notes: Sequence[str] = ()
     """What a user should know of the data before training: what was left out of it, say."""
+    skip_budget: float = 0.0
+    """Share of the samples that may turn out to be bad in training: they are replaced by others."""
 
     @property
     def num_classes(self) -> int:
@@ -64,12 +67,19 @@ class PictureDataset(ABC):
         """One sample: image uint8 (C, H, W), segmentation int64 (H, W), depth float32 (1, H, W), ...
 
         What is random about it is a pure function of (seed, epoch, the sample's key). Epoch -1 means
-        without augmentation: centre crop, no mirror image. Raises DataError for a file that went bad.
+        without augmentation: centre crop, no mirror image. Raises BadSample for a file that went bad.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 in hex over the samples' names and sizes: changes whenever the data does."""
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """(len,): the samples of an epoch in the order in which training takes them, each exactly once.
+
+        A pure function of its arguments. Sources that read faster in some orders give one of those.
+        """
+        return epoch_order(seed, epoch, len(self))
 
     def texts(self) -> Iterator[str]:
         """Every caption that samples may show, or others of the same words; nothing without captions."""

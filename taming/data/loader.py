@@ -7,21 +7,53 @@ batches, and resuming at a step is arithmetic.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from taming.data.batch import collate
 from taming.data.dataset import PictureDataset
-from taming.errors import ConfigError, DataError
+from taming.data.transforms import uniforms
+from taming.errors import BadSample, ConfigError, DataError
 from taming.types import Batch
 
 Slot = tuple[int, int]
 """(epoch, index): a sample and the epoch that decides its augmentation; epoch -1 means none."""
+
+SUBSTITUTES = 32
+"""So many others are tried in place of a sample that is bad."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch, and how many bad samples were replaced in it, by reason."""
+
+    batch: Batch
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class TrainBatches(Iterator[list[Batch]]):
+    """Endless: the micro-batches of one step after another."""
+
+    def __init__(self, loaded: Iterator[_Loaded], micro_batches: int) -> None:
+        self._loaded, self._micro_batches = loaded, micro_batches
+        self._skipped: Counter[str] = Counter()
+
+    def __next__(self) -> list[Batch]:
+        loaded = [next(self._loaded) for _ in range(self._micro_batches)]
+        for item in loaded:
+            self._skipped += item.skipped
+        return [item.batch for item in loaded]
+
+    def take_skipped(self) -> Counter[str]:
+        """Reason -> bad samples that were replaced in what was handed out since the last call."""
+        taken, self._skipped = self._skipped, Counter()
+        return taken
 
 
 def train_batches(
@@ -34,11 +66,12 @@ def train_batches(
     world_size: int = 1,
     start_step: int = 0,
     workers: int = 0,
-) -> Iterator[list[Batch]]:
+) -> TrainBatches:
     """Endless: item t is this rank's share of step start_step + t, as `micro_batches` batches.
 
     `batch_size` is the global number of pictures a step. Raises ConfigError if it does not divide among
-    the ranks and micro-batches, DataError if there are no pictures or one of them cannot be read.
+    the ranks and micro-batches, DataError if there are no pictures or one of them cannot be read; where the
+    dataset has a skip_budget, another takes the place of one that is bad.
     """
     if batch_size < 1 or batch_size % (world_size * micro_batches):
         raise ConfigError(
@@ -48,21 +81,14 @@ def train_batches(
     if not len(dataset):
         raise DataError("there are no pictures to train on; check data.root and data.validation_fraction")
     share = batch_size // (world_size * micro_batches)
-    length = len(dataset)
 
     def plan() -> Iterator[list[Slot]]:
         for step in count(start_step):
             for micro in range(micro_batches):
                 first = step * batch_size + (rank * micro_batches + micro) * share
-                yield [slot(seed, number, length) for number in range(first, first + share)]
+                yield [slot(dataset, seed, number) for number in range(first, first + share)]
 
-    batches = _load(dataset, plan(), seed, workers)
-
-    def steps() -> Iterator[list[Batch]]:
-        while True:
-            yield [next(batches) for _ in range(micro_batches)]
-
-    return steps()
+    return TrainBatches(_load(dataset, plan(), seed, workers), micro_batches)
 
 
 def evaluation_batches(
@@ -89,25 +115,23 @@ def evaluation_batches(
         for first in range(0, len(indices), share):
             yield [(-1, index) for index in indices[first : first + share]]
 
-    return _load(dataset, plan(), 0, workers)
+    return (item.batch for item in _load(dataset, plan(), 0, workers))
 
 
-def slot(seed: int, number: int, length: int) -> Slot:
-    """The sample that is the run's `number`-th, of a dataset of `length` samples."""
-    epoch, place = divmod(number, length)
-    return epoch, int(epoch_order(seed, epoch, length)[place])
+def slot(dataset: PictureDataset, seed: int, number: int) -> Slot:
+    """The sample that is the run's `number`-th."""
+    epoch, place = divmod(number, len(dataset))
+    return epoch, int(dataset.order(seed, epoch)[place])
 
 
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """A permutation of range(length), the same on every machine: keys from Philox, sorted."""
-    random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
-    return np.argsort(random.random(length), kind="stable")
+def substitute(seed: int, epoch: int, index: int, attempt: int, length: int) -> int:
+    """What is tried in place of the bad sample `index`: a pure function, the same on every process."""
+    return int(uniforms(seed, epoch, f"substitute/{index}/{attempt}", 1)[0] * length)
 
 
 def _load(
     dataset: PictureDataset, plan: Iterator[Sequence[Slot]], seed: int, workers: int
-) -> Iterator[Batch]:
+) -> Iterator[_Loaded]:
     if workers == 0:
         return (_fetch(dataset, slots, seed) for slots in plan)
     loader: DataLoader[Any] = DataLoader(
@@ -124,8 +148,33 @@ def _load(
     return _unwrap(loader)
 
 
-def _fetch(dataset: PictureDataset, slots: Sequence[Slot], seed: int) -> Batch:
-    return dataset.batch([index for _, index in slots], [epoch for epoch, _ in slots], seed=seed)
+def _fetch(dataset: PictureDataset, slots: Sequence[Slot], seed: int) -> _Loaded:
+    try:
+        return _Loaded(dataset.batch([index for _, index in slots], [epoch for epoch, _ in slots], seed=seed))
+    except BadSample:
+        if not dataset.skip_budget or any(epoch < 0 for epoch, _ in slots):
+            raise
+    skipped: Counter[str] = Counter()
+    samples = [_readable(dataset, epoch, index, seed, skipped) for epoch, index in slots]
+    return _Loaded(collate(samples), skipped)
+
+
+def _readable(
+    dataset: PictureDataset, epoch: int, index: int, seed: int, skipped: Counter[str]
+) -> dict[str, Any]:
+    """The sample, or the first readable one of its substitutes; counts it where it is bad."""
+    try:
+        return dataset.sample(index, epoch, seed=seed)
+    except BadSample as error:
+        skipped[error.reason] += 1
+        first = error
+    for attempt in range(SUBSTITUTES):
+        other = substitute(seed, epoch, index, attempt, len(dataset))
+        try:
+            return dataset.sample(other, epoch, seed=seed)
+        except BadSample:
+            continue
+    raise DataError(f"{SUBSTITUTES} samples in place of a bad one are bad too, the first of them: {first}")
 
 
 class _Slots(Dataset[Any]):
@@ -135,7 +184,7 @@ class _Slots(Dataset[Any]):
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, slots: Sequence[Slot]) -> Batch | str:
+    def __getitem__(self, slots: Sequence[Slot]) -> _Loaded | str:
         # torch would wrap an error from a worker in its traceback as text: carry the message instead.
         try:
             return _fetch(self.dataset, slots, self.seed)
@@ -155,7 +204,7 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _unwrap(loader: DataLoader[Any]) -> Iterator[Batch]:
+def _unwrap(loader: DataLoader[Any]) -> Iterator[_Loaded]:
     for item in loader:
         if isinstance(item, str):
             raise DataError(item)

@@ -18,7 +18,7 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from taming.errors import DataError
+from taming.errors import BadSample, DataError
 
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Only these are ever tried: formats that run programs (EPS) or hold other files are never sniffed."""
@@ -58,7 +58,7 @@ def read_picture(
     `mode` is RGB, L or RGBA. 16-bit grey is scaled by 1/257, not clipped; as L it keeps its depth: mode F,
     in [-1, 1]. Transparent pixels are laid over white, but for RGBA. Where `at_least` (H, W) is given, a
     large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but not below it.
-    Raises DataError, with the path and the reason, for a file that is damaged, of another format, or of
+    Raises BadSample, with the path and the reason, for a file that is damaged, of another format, or of
     more than `max_pixels` pixels.
     """
     with _opened(path, max_pixels) as image:
@@ -74,15 +74,16 @@ def read_picture(
 def read_labels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A label map as (H, W) int64: the grey value, or the palette's index, of each pixel.
 
-    Raises DataError for a damaged file or one in colour.
+    Raises BadSample for a damaged file or one in colour.
     """
     with _opened(path, max_pixels) as image:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-            raise DataError(
+            raise BadSample(
                 f"map {path} is a picture in mode {image.mode}, not a label map; save it as 8 or 16-bit grey"
-                " or with a palette, the value of a pixel being its label"
+                " or with a palette, the value of a pixel being its label",
+                "mismatched",
             )
         return np.asarray(image).astype(np.int64)
 
@@ -90,7 +91,7 @@ def read_labels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
 def read_depth(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An 8 or 16-bit grey map as (H, W) float32 in [0, 1].
 
-    Raises DataError for a damaged file or one of another mode.
+    Raises BadSample for a damaged file or one of another mode.
     """
     with _opened(path, max_pixels) as image:
         image.load()
@@ -102,11 +103,13 @@ def read_depth(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return values.astype(np.float32) / 65535
         if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
             return values.astype(np.float32) / 65535
-        raise DataError(f"map {path} is in mode {image.mode}, not a depth map; save it as 8 or 16-bit grey")
+        raise BadSample(
+            f"map {path} is in mode {image.mode}, not a depth map; save it as 8 or 16-bit grey", "mismatched"
+        )
 
 
 def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(H, W) of the upright picture, from the file's header alone. Raises DataError."""
+    """(H, W) of the upright picture, from the file's header alone. Raises BadSample."""
     with _opened(path, max_pixels) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _TRANSPOSED else (height, width)
@@ -152,26 +155,29 @@ def tile(images: Tensor, columns: int, pad: int = 2) -> Tensor:
 
 @contextmanager
 def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a file by its header; whatever is wrong with it, then or on reading, becomes a DataError."""
+    """Open a file by its header; whatever is wrong with it, then or on reading, becomes a BadSample."""
     try:
         with _open_unlimited(path) as image:
             if image.width * image.height > max_pixels:
-                raise DataError(
+                raise BadSample(
                     f"picture {path} has {image.width}x{image.height} pixels, more than data.max_pixels ="
-                    f" {max_pixels}; make it smaller or raise data.max_pixels"
+                    f" {max_pixels}; make it smaller or raise data.max_pixels",
+                    "too large",
                 )
             yield image
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"picture {path} does not exist") from None
+        raise BadSample(f"picture {path} does not exist", "missing") from None
     except UnidentifiedImageError:
-        raise DataError(
+        raise BadSample(
             f"picture {path} is damaged or not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file;"
-            " convert it or remove it"
+            " convert it or remove it",
+            "unreadable",
         ) from None
     except _BROKEN as error:
-        raise DataError(f"picture {path} cannot be read: {error}; replace it or remove it") from None
+        reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise BadSample(f"picture {path} cannot be read: {error}; replace it or remove it", reason) from None
 
 
 def _open_unlimited(path: str | Path) -> Image.Image:
@@ -214,8 +220,9 @@ def _convert(image: Image.Image, path: str | Path, mode: str) -> Image.Image:
 def _deep_grey(image: Image.Image, path: str | Path) -> np.ndarray:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise DataError(
+        raise BadSample(
             f"picture {path} is in mode {image.mode} with values from {values.min()} to {values.max()};"
-            " save it with 8 or 16 bits a channel"
+            " save it with 8 or 16 bits a channel",
+            "mismatched",
         )
     return values

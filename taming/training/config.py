@@ -48,6 +48,9 @@ class TrainingConfig(Config):
     """Gradients of each optimiser are scaled down to this norm; None leaves them."""
     ema_decay: Ratio | None = 0.999
     """Decay a step of the averaged weights that are evaluated and saved; None keeps no average."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step in which a loss or a gradient is NaN or infinite, on any process: the run stops
+    before the update, or the step is left out and counted."""
     seed: int = 0
     workers: int = Field(0, ge=0)
     """Processes that read pictures, per training process."""

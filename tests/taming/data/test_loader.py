@@ -16,7 +16,8 @@ from PIL import Image
 from taming.data.batch import to_device, validate_batch
 from taming.data.config import FolderDataConfig, ScenesDataConfig
 from taming.data.dataset import PictureDataset, ScenesDataset, open_dataset
-from taming.data.loader import epoch_order, evaluation_batches, train_batches
+from taming.data.loader import evaluation_batches, train_batches
+from taming.data.order import epoch_order
 from taming.errors import ConfigError, DataError
 from taming.types import Batch
 
