@@ -55,9 +55,9 @@ class FolderDataset(PictureDataset):
         self.config = config
         self.split = split
         self.size = config.height_width
-        self.folder = _picture_folder(config)
+        self.folder = picture_folder(config)
         entries = _scan_pictures(self.folder)
-        for kind in _map_kinds(config):
+        for kind in map_kinds(config):
             entries = _pair(entries, config, kind, self.folder)
         self.class_names: list[str] = []
         if config.class_labels:
@@ -81,7 +81,7 @@ class FolderDataset(PictureDataset):
         if config.num_labels is not None and config.segmentation is not None:
             self.num_labels = config.num_labels
             _check_labels(self.entries, config)
-        names = {"image", "crop", "key", *_map_kinds(config)} | ({"label"} if config.class_labels else set())
+        names = {"image", "crop", "key", *map_kinds(config)} | ({"label"} if config.class_labels else set())
         told = {"objects": self.objects, "text": self.captions}
         self.provides = frozenset(names | {name for name, value in told.items() if value is not None})
 
@@ -159,7 +159,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
     Raises DataError where there are none.
     """
-    paths, others = _scan(folder)
+    paths, others = scan_folder(folder)
     if not paths:
         raise DataError(
             f"there are no pictures in {folder} ({others} other files); pictures end in"
@@ -168,12 +168,14 @@ def list_pictures(folder: Path) -> list[Path]:
     return paths
 
 
-def _map_kinds(config: FolderDataConfig) -> list[MapKind]:
+def map_kinds(config: FolderDataConfig) -> list[MapKind]:
+    """The kinds of maps that a config names folders of."""
     kinds: tuple[MapKind, ...] = ("segmentation", "depth", "condition_image")
     return [kind for kind in kinds if getattr(config, kind) is not None]
 
 
-def _picture_folder(config: FolderDataConfig) -> Path:
+def picture_folder(config: FolderDataConfig) -> Path:
+    """Where the pictures lie. Raises DataError."""
     root = config.root.expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -181,25 +183,26 @@ def _picture_folder(config: FolderDataConfig) -> Path:
     if config.images is not None:
         if not (root / config.images).is_dir():
             raise DataError(
-                f"data.images: there is no folder {root / config.images}; data.root has {_folders(root)}"
+                f"data.images: there is no folder {root / config.images}; data.root has {folders_of(root)}"
             )
         return root / config.images
     if (root / "images").is_dir():
         return root / "images"
-    if kinds := _map_kinds(config):
+    if kinds := map_kinds(config):
         raise DataError(
             f"data.{kinds[0]} is set, but there is no folder {root / 'images'}; set data.images to the"
-            f" folder of the pictures ({_folders(root)})"
+            f" folder of the pictures ({folders_of(root)})"
         )
     return root
 
 
-def _folders(root: Path) -> str:
+def folders_of(root: Path) -> str:
+    """The folders in `root`, in words for a message."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
     return "the folders " + ", ".join(names) if names else "no folders"
 
 
-def _scan(folder: Path) -> tuple[list[Path], int]:
+def scan_folder(folder: Path) -> tuple[list[Path], int]:
     """Pictures below a folder in the order of their names, and how many other files there are.
 
     Arrays count as pictures where there are no others.
@@ -228,7 +231,8 @@ def _scan(folder: Path) -> tuple[list[Path], int]:
     return sorted(found or arrays, key=lambda path: path.relative_to(folder).as_posix()), others
 
 
-def _key(path: Path, folder: Path) -> str:
+def key_of(path: Path, folder: Path) -> str:
+    """The key of a picture, or of a map: its path within its folder, without the suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
@@ -236,7 +240,7 @@ def _scan_pictures(folder: Path) -> list[Entry]:
     entries: list[Entry] = []
     taken: dict[str, Path] = {}
     for path in list_pictures(folder):
-        key = _key(path, folder)
+        key = key_of(path, folder)
         if key in taken:
             raise DataError(
                 f"pictures {taken[key]} and {path} differ only in their suffix, and names must be unique;"
@@ -252,11 +256,11 @@ def _pair(entries: Sequence[Entry], config: FolderDataConfig, kind: MapKind, pic
     folder = config.root.expanduser() / name
     if not folder.is_dir():
         raise DataError(
-            f"data.{kind}: there is no folder {folder}; data.root has {_folders(config.root.expanduser())}"
+            f"data.{kind}: there is no folder {folder}; data.root has {folders_of(config.root.expanduser())}"
         )
     maps: dict[str, Path] = {}
-    for path in _scan(folder)[0]:
-        key = _key(path, folder)
+    for path in scan_folder(folder)[0]:
+        key = key_of(path, folder)
         if key in maps:
             raise DataError(f"maps {maps[key]} and {path} differ only in their suffix; remove one")
         maps[key] = path
@@ -318,11 +322,11 @@ def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Ent
             f"picture {first.path} is {first.size[1]}x{first.size[0]}, smaller than the crop {width}x{height}"
             f"{_more(small)}; set data.upscale=true, or data.size={least}, or remove it"
         )
-    for kind in _map_kinds(config):
+    for kind in map_kinds(config):
         paths = [entry.maps[kind] for entry in measured]
         map_sizes = _in_threads(partial(_map_size, config=config, kind=kind), paths)
         for entry, size in zip(measured, map_sizes, strict=True):
-            if not _same_aspect(entry.size, size):
+            if not same_aspect(entry.size, size):
                 raise DataError(
                     f"map {entry.maps[kind]} is {size[1]}x{size[0]}, but its picture {entry.path} is"
                     f" {entry.size[1]}x{entry.size[0]}: the aspects differ; make the map cover the same view"
@@ -338,7 +342,8 @@ def _map_size(path: Path, config: FolderDataConfig, kind: MapKind) -> tuple[int,
     return read_size(path, max_pixels=config.max_pixels)
 
 
-def _same_aspect(picture: tuple[int, int], other: tuple[int, int]) -> bool:
+def same_aspect(picture: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether a map of size `other` (H, W) can show what a picture of that size shows."""
     # One pixel of rounding is allowed too, which is much where a map is small.
     height = other[1] * picture[0] / picture[1]
     return abs(height - other[0]) <= max(1.0, _ASPECT_TOLERANCE * other[0])
