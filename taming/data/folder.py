@@ -324,7 +324,7 @@ def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Ent
         )
     for kind in map_kinds(config):
         paths = [entry.maps[kind] for entry in measured]
-        map_sizes = _in_threads(partial(_map_size, config=config, kind=kind), paths)
+        map_sizes = _in_threads(partial(map_size, config=config, kind=kind), paths)
         for entry, size in zip(measured, map_sizes, strict=True):
             if not same_aspect(entry.size, size):
                 raise DataError(
@@ -334,7 +334,8 @@ def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Ent
     return measured
 
 
-def _map_size(path: Path, config: FolderDataConfig, kind: MapKind) -> tuple[int, int]:
+def map_size(path: Path, config: FolderDataConfig, kind: MapKind) -> tuple[int, int]:
+    """(H, W) of a map from its header. Raises DataError."""
     if kind == "condition_image":
         return read_pixel_size(path, config.condition_channels, max_pixels=config.max_pixels)
     if path.suffix.lower() == ARRAY_SUFFIX:
