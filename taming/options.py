@@ -54,15 +54,32 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what a terminal would act on: names of files can hold anything.
+
+    Control characters, changes of direction and bytes that are no UTF-8 become backslash escapes.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "replace").decode()
+        for character in text
+    )
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, nothing elsewhere; the function yielded takes (done, total)."""
+    import sys
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = TextColumn(title), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # What is printed meanwhile goes above the bar, but never there from a pipe or a file.
+    above = sys.stdout.isatty()
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, redirect_stdout=above
+    ) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
