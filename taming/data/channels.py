@@ -5,12 +5,13 @@ Axes: C channels, H W pixels.
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+import math
 
 import numpy as np
 from einops import rearrange
 
-from taming.data.picture import MAX_PIXELS, read_picture, read_size
+from taming.data.picture import MAX_PIXELS, FileBytes, Source, read_picture, read_size, suffix_of
 from taming.data.transforms import Crop, crop_picture, crop_plane, needed_size
 from taming.errors import BadSample, DataError
 
@@ -20,7 +21,7 @@ FILE_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def read_pixels(
-    path: str | Path,
+    path: Source,
     channels: int,
     *,
     crop: Crop | None = None,
@@ -33,7 +34,7 @@ def read_pixels(
     An array is (C, H, W) uint8, uint16, or float32 in [-1, 1], never a pickle. With `crop` the box is cut
     out and brought to `size` (H, W), antialiased (bicubic). Raises DataError.
     """
-    if Path(path).suffix.lower() == ARRAY_SUFFIX:
+    if suffix_of(path) == ARRAY_SUFFIX:
         return _cut(_read_array(path, channels, max_pixels), crop, size)
     mode = file_mode(path, channels)
     at_least = None if crop is None or size is None else needed_size(crop, size)
@@ -45,16 +46,16 @@ def read_pixels(
     return np.array(planes, order="C")  # torch wants memory that it may write to
 
 
-def read_pixel_size(path: str | Path, channels: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def read_pixel_size(path: Source, channels: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) from the file's header alone, once it is sure to give `channels`. Raises DataError."""
-    if Path(path).suffix.lower() == ARRAY_SUFFIX:
+    if suffix_of(path) == ARRAY_SUFFIX:
         _, height, width = _open_array(path, channels, max_pixels).shape
         return height, width
     file_mode(path, channels)
     return read_size(path, max_pixels=max_pixels)
 
 
-def file_mode(path: str | Path, channels: int) -> str:
+def file_mode(path: Source, channels: int) -> str:
     """Pillow's name for a picture file of so many channels. Raises DataError where there is none."""
     if channels not in FILE_CHANNELS:
         raise DataError(
@@ -64,10 +65,13 @@ def file_mode(path: str | Path, channels: int) -> str:
     return FILE_CHANNELS[channels]
 
 
-def _open_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
+def _open_array(path: Source, channels: int, max_pixels: int) -> np.ndarray:
     """The array as it lies in its file, mapped, its header checked."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(path, FileBytes):
+            array = _array_of(path.data)
+        else:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         raise BadSample(f"array {path} cannot be read: {error}; write it with numpy.save", reason) from None
@@ -91,7 +95,24 @@ def _open_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
     return array
 
 
-def _read_array(path: str | Path, channels: int, max_pixels: int) -> np.ndarray:
+def _array_of(data: bytes) -> np.ndarray:
+    """The array in the bytes of an .npy file, without a copy. Raises ValueError."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"version {version} of the format is not read here")
+    # Sizes are compared before anything is made: a header may claim any shape.
+    if dtype.hasobject or len(data) - file.tell() < math.prod(shape) * dtype.itemsize:
+        raise ValueError("it holds objects" if dtype.hasobject else "it is shorter than its header says")
+    array = np.frombuffer(data, dtype, count=math.prod(shape), offset=file.tell())
+    return array.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _read_array(path: Source, channels: int, max_pixels: int) -> np.ndarray:
     array = np.array(_open_array(path, channels, max_pixels), order="C")
     if array.dtype == np.uint16:
         return array.astype(np.float32) / 32767.5 - 1

@@ -5,11 +5,13 @@ Axes: N pictures, C channels, H W pixels.
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +48,28 @@ _BROKEN = (
 _open_lock = threading.Lock()
 
 
+@dataclass(frozen=True)
+class FileBytes:
+    """A file that was read already, from a shard say; messages show its name."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | FileBytes
+"""What pictures and maps are read from."""
+
+
+def suffix_of(source: Source) -> str:
+    """The suffix of a file's name in small letters, with its dot."""
+    return Path(str(source)).suffix.lower()
+
+
 def read_picture(
-    path: str | Path,
+    path: Source,
     *,
     at_least: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -71,7 +93,7 @@ def read_picture(
         return _convert(ImageOps.exif_transpose(image), path, mode)
 
 
-def read_labels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_labels(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A label map as (H, W) int64: the grey value, or the palette's index, of each pixel.
 
     Raises BadSample for a damaged file or one in colour.
@@ -88,7 +110,7 @@ def read_labels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
         return np.asarray(image).astype(np.int64)
 
 
-def read_depth(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_depth(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An 8 or 16-bit grey map as (H, W) float32 in [0, 1].
 
     Raises BadSample for a damaged file or one of another mode.
@@ -108,7 +130,7 @@ def read_depth(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         )
 
 
-def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def read_size(path: Source, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) of the upright picture, from the file's header alone. Raises BadSample."""
     with _opened(path, max_pixels) as image:
         width, height = image.size
@@ -154,7 +176,7 @@ def tile(images: Tensor, columns: int, pad: int = 2) -> Tensor:
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: Source, max_pixels: int) -> Iterator[Image.Image]:
     """Open a file by its header; whatever is wrong with it, then or on reading, becomes a BadSample."""
     try:
         with _open_unlimited(path) as image:
@@ -180,14 +202,15 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         raise BadSample(f"picture {path} cannot be read: {error}; replace it or remove it", reason) from None
 
 
-def _open_unlimited(path: str | Path) -> Image.Image:
+def _open_unlimited(path: Source) -> Image.Image:
     # Pillow's own limit is a global: it is set aside, one thread at a time, while a header is read, since
     # our limit may be higher and is checked right after.
     with _open_lock:
         limit = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None
         try:
-            return Image.open(path, formats=FORMATS)
+            file = io.BytesIO(path.data) if isinstance(path, FileBytes) else path
+            return Image.open(file, formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -199,7 +222,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _convert(image: Image.Image, path: str | Path, mode: str) -> Image.Image:
+def _convert(image: Image.Image, path: Source, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = _deep_grey(image, path)
         if mode == "L":
@@ -217,7 +240,7 @@ def _convert(image: Image.Image, path: str | Path, mode: str) -> Image.Image:
     return image.convert(mode) if image.mode == mode else image.convert("RGB").convert(mode)
 
 
-def _deep_grey(image: Image.Image, path: str | Path) -> np.ndarray:
+def _deep_grey(image: Image.Image, path: Source) -> np.ndarray:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise BadSample(
