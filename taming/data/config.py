@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -59,40 +59,19 @@ class ScenesDataConfig(Config):
         return self
 
 
-class FolderDataConfig(Config):
-    """A folder of pictures of any size, mode and aspect, with maps in folders beside it.
+class PicturesConfig(Config):
+    """Pictures that lie in files, of any size, mode and aspect: how samples are made of them."""
 
-    Maps belong to the picture of the same relative name, whatever their suffixes. A folder without pictures
-    may hold .npy arrays (C, H, W) in their place: uint8, uint16, or float32 in [-1, 1].
-    """
-
-    kind: Literal["folder"] = "folder"
-    root: Path
-    images: str | None = None
-    """Folder of the pictures under root; by default root/images if there is one, else root itself."""
     channels: int = Field(3, ge=1)
     """Pictures are read as grey (1; 16 bits are kept), RGB (3) or RGBA (4); arrays have any number."""
-    segmentation: str | None = None
-    """Folder under root with one label map a picture: grey, 16-bit grey or palette, value = label."""
-    num_labels: int | None = Field(None, ge=1)
-    """How many labels there are: map values lie in [0, num_labels). Required with segmentation."""
-    depth: str | None = None
-    """Folder under root with one inverse-depth map a picture: 8 or 16-bit grey, white is nearest."""
-    condition_image: str | None = None
-    """Folder under root with a second picture for each picture."""
     condition_channels: int = Field(3, ge=1)
     """As `channels`, of the second pictures."""
-    objects: str | None = None
-    """File under root with the boxes of objects, a JSON in the layout of COCO's instances."""
+    num_labels: int | None = Field(None, ge=1)
+    """How many labels there are: map values lie in [0, num_labels). Required with segmentation."""
     least_visible: float = Field(0.25, ge=0.0, le=1.0)
     """A crop keeps an object that has at least this share of its box inside; boxes are cut off at edges."""
-    crowds: bool = False
-    """Keep annotations that are marked as crowds: one box around many objects."""
-    text: str | None = None
-    """Captions under root: a folder with NAME.txt a picture, one caption a line, or a JSON in the layout of
-    COCO's captions. Each epoch shows one of a picture's captions; validation shows the first."""
     class_labels: bool = False
-    """The first-level sub-folders of the picture folder are the classes."""
+    """Pictures have classes: of a folder, the first-level sub-folders of the picture folder."""
     size: Size = 256
     """Pixels of the crop: one number for a square, or [height, width]."""
     resize: int | None = Field(None, gt=0)
@@ -109,22 +88,13 @@ class FolderDataConfig(Config):
     """Enlarge pictures that are smaller than the crop, in place of refusing them."""
     max_pixels: int = Field(200_000_000, gt=0)
     """Refuse pictures of more pixels than this before they are decoded."""
+    skip_budget: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the samples that may turn out to be bad in training: others take their places, and they are
+    counted by reason. Beyond it training stops; 0: at the first one."""
 
     @property
     def height_width(self) -> tuple[int, int]:
         return _height_width(self.size)
-
-    @property
-    def gives(self) -> dict[str, int]:
-        """Key of a batch -> channels, of pictures and maps; of segmentation the number of labels."""
-        given = {"image": self.channels}
-        if self.segmentation is not None and self.num_labels is not None:
-            given["segmentation"] = self.num_labels
-        if self.depth is not None:
-            given["depth"] = 1
-        if self.condition_image is not None:
-            given["condition_image"] = self.condition_channels
-        return given
 
     @field_validator("random_scale")
     @classmethod
@@ -134,14 +104,63 @@ class FolderDataConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> FolderDataConfig:
-        if self.segmentation is not None and self.num_labels is None:
-            raise ValueError("segmentation needs num_labels: maps hold labels in [0, num_labels)")
+    def _check_resize(self) -> Self:
         if self.resize is not None and self.resize < min(self.height_width):
             raise ValueError(
                 f"resize {self.resize} is less than the crop {self.size}; make it at least"
                 f" {min(self.height_width)} or leave it out"
             )
+        return self
+
+    def _given(self, *, segmentation: bool, depth: bool, condition_image: bool) -> dict[str, int]:
+        given = {"image": self.channels}
+        if segmentation and self.num_labels is not None:
+            given["segmentation"] = self.num_labels
+        if depth:
+            given["depth"] = 1
+        if condition_image:
+            given["condition_image"] = self.condition_channels
+        return given
+
+
+class FolderDataConfig(PicturesConfig):
+    """A folder of pictures of any size, mode and aspect, with maps in folders beside it.
+
+    Maps belong to the picture of the same relative name, whatever their suffixes. A folder without pictures
+    may hold .npy arrays (C, H, W) in their place: uint8, uint16, or float32 in [-1, 1].
+    """
+
+    kind: Literal["folder"] = "folder"
+    root: Path
+    images: str | None = None
+    """Folder of the pictures under root; by default root/images if there is one, else root itself."""
+    segmentation: str | None = None
+    """Folder under root with one label map a picture: grey, 16-bit grey or palette, value = label."""
+    depth: str | None = None
+    """Folder under root with one inverse-depth map a picture: 8 or 16-bit grey, white is nearest."""
+    condition_image: str | None = None
+    """Folder under root with a second picture for each picture."""
+    objects: str | None = None
+    """File under root with the boxes of objects, a JSON in the layout of COCO's instances."""
+    crowds: bool = False
+    """Keep annotations that are marked as crowds: one box around many objects."""
+    text: str | None = None
+    """Captions under root: a folder with NAME.txt a picture, one caption a line, or a JSON in the layout of
+    COCO's captions. Each epoch shows one of a picture's captions; validation shows the first."""
+
+    @property
+    def gives(self) -> dict[str, int]:
+        """Key of a batch -> channels, of pictures and maps; of segmentation the number of labels."""
+        return self._given(
+            segmentation=self.segmentation is not None,
+            depth=self.depth is not None,
+            condition_image=self.condition_image is not None,
+        )
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.segmentation is not None and self.num_labels is None:
+            raise ValueError("segmentation needs num_labels: maps hold labels in [0, num_labels)")
         return self
 
 

@@ -14,24 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 from taming.data.annotations import read_annotations
-from taming.data.boxes import crop_objects, mirror_objects
 from taming.data.captions import read_captions
-from taming.data.channels import ARRAY_SUFFIX, read_pixel_size, read_pixels
+from taming.data.channels import ARRAY_SUFFIX, read_pixel_size
 from taming.data.config import FolderDataConfig
-from taming.data.dataset import PictureDataset, Split
-from taming.data.picture import SUFFIXES, read_depth, read_labels, read_size
+from taming.data.dataset import Split
+from taming.data.picture import SUFFIXES, read_labels, read_size
 from taming.data.scenes import SceneObject
-from taming.data.transforms import Crop, choose_crop, crop_depth, crop_labels, uniforms
+from taming.data.stored import MAP_KINDS, MapKind, Stored, StoredDataset
 from taming.errors import DataError
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-MapKind = Literal["segmentation", "depth", "condition_image"]
 _ASPECT_TOLERANCE = 0.02  # maps may be stored at another resolution, rounded to whole pixels
 
 
@@ -48,13 +44,14 @@ class Entry:
     """(H, W), upright."""
 
 
-class FolderDataset(PictureDataset):
+class FolderDataset(StoredDataset):
     """Pictures of a folder. Raises DataError for whatever is wrong with it, and says the way out."""
 
     def __init__(self, config: FolderDataConfig, split: Split) -> None:
         self.config = config
         self.split = split
         self.size = config.height_width
+        self.skip_budget = config.skip_budget
         self.folder = picture_folder(config)
         entries = _scan_pictures(self.folder)
         for kind in map_kinds(config):
@@ -88,33 +85,17 @@ class FolderDataset(PictureDataset):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
+    def stored(self, index: int) -> Stored:
         entry = self.entries[index]
-        crop = self._crop(entry, epoch, seed)
-        channels = self.config.channels
-        sample: dict[str, Any] = {"image": self._read(entry.path, channels, crop), "key": entry.key}
-        sample["crop"] = torch.tensor(crop.frame, dtype=torch.float32)
-        limit = self.config.max_pixels
-        for kind, path in entry.maps.items():
-            if kind == "segmentation":
-                labels = crop_labels(read_labels(path, max_pixels=limit), crop, self.size)
-                sample[kind] = torch.from_numpy(labels)
-            elif kind == "depth":
-                depth = crop_depth(read_depth(path, max_pixels=limit), crop, self.size)
-                sample[kind] = torch.from_numpy(depth)[None]
-            else:
-                sample[kind] = self._read(path, self.config.condition_channels, crop)
-        if entry.label is not None:
-            sample["label"] = entry.label
-        if self.objects is not None:
-            frame = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-            objects = crop_objects(self.objects[entry.key], frame, visible=self.config.least_visible)
-            sample["objects"] = mirror_objects(objects) if crop.flip else objects
-        if self.captions is not None:
-            lines = self.captions[entry.key]
-            chance = 0.0 if epoch < 0 else uniforms(seed, epoch, f"{entry.key}/caption", 1)[0]
-            sample["text"] = lines[int(chance * len(lines))]
-        return sample
+        return Stored(
+            entry.key,
+            entry.size,
+            entry.path,
+            entry.maps,
+            entry.label,
+            None if self.objects is None else self.objects[entry.key],
+            None if self.captions is None else self.captions[entry.key],
+        )
 
     def texts(self) -> Iterator[str]:
         if self.captions is not None:
@@ -133,26 +114,6 @@ class FolderDataset(PictureDataset):
         digest.update("\n".join(self.object_names).encode())
         return digest.hexdigest()
 
-    def _crop(self, entry: Entry, epoch: int, seed: int) -> Crop:
-        config = self.config
-        if epoch < 0:
-            return choose_crop(entry.size, self.size, resize=config.resize, upscale=config.upscale)
-        scale, top, left, flip = uniforms(seed, epoch, entry.key, 4)
-        lowest, highest = config.random_scale
-        return choose_crop(
-            entry.size,
-            self.size,
-            resize=config.resize,
-            upscale=config.upscale,
-            position=(top, left) if config.crop == "random" else (0.5, 0.5),
-            scale=lowest + scale * (highest - lowest),
-            flip=config.flip and flip < 0.5,
-        )
-
-    def _read(self, path: Path, channels: int, crop: Crop) -> torch.Tensor:
-        limit = self.config.max_pixels
-        return torch.from_numpy(read_pixels(path, channels, crop=crop, size=self.size, max_pixels=limit))
-
 
 def list_pictures(folder: Path) -> list[Path]:
     """All pictures below a folder, or else all .npy arrays, in the order of their names.
@@ -170,8 +131,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def map_kinds(config: FolderDataConfig) -> list[MapKind]:
     """The kinds of maps that a config names folders of."""
-    kinds: tuple[MapKind, ...] = ("segmentation", "depth", "condition_image")
-    return [kind for kind in kinds if getattr(config, kind) is not None]
+    return [kind for kind in MAP_KINDS if getattr(config, kind) is not None]
 
 
 def picture_folder(config: FolderDataConfig) -> Path:
