@@ -18,8 +18,6 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-EXIT_USER_ERROR = 2
-
 
 @cache
 def _groups() -> dict[str, EntryPoint]:
@@ -76,14 +74,17 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Run the command line. A user's mistake is one line on stderr and exit code 2, never a traceback."""
+    """Run the command line. A user's mistake is one line on stderr and exit code 2, never a traceback.
+
+    Other exit codes are those of `taming.errors`, and 130 after Ctrl-C.
+    """
     from taming.errors import UserError
 
     try:
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         sys.exit(130)

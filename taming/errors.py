@@ -1,11 +1,21 @@
 """Errors that a user can mend. Each message names what was given, what is allowed and the way out.
 
-The command line prints them as one line, without a traceback, and exits with code 2.
+The command line prints them as one line, without a traceback, and exits with their code.
 """
+
+from typing import ClassVar
 
 
 class UserError(ValueError):
     """Something that the user gave cannot be used."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class FaultError(UserError):
+    """The machine failed, not the user: a process, a worker, a device, the disk. What was saved is whole."""
+
+    exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 
 
 class ConfigError(UserError):

@@ -5,14 +5,14 @@ What is trained is a `Task`; this file knows nothing of it. Progress counts pict
 
 from __future__ import annotations
 
-import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
@@ -20,48 +20,40 @@ from torch import Tensor
 from taming.config import Config, save_config
 from taming.data.batch import to_device, validate_batch
 from taming.data.dataset import PictureDataset
-from taming.data.loader import evaluation_batches, train_batches
-from taming.errors import ArtifactError, UserError
+from taming.data.loader import TrainBatches, evaluation_batches, train_batches
+from taming.errors import UserError
+from taming.training.agreement import Agreement, signal_name
 from taming.training.checkpoint import (
     latest_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     remove_checkpoints_after,
     save_checkpoint,
 )
 from taming.training.config import TrainingConfig
-from taming.training.distributed import any_process, make_accelerator
+from taming.training.distributed import make_accelerator
 from taming.training.guard import CollapseGuard
+from taming.training.lost import Roster
+from taming.training.resume import check_same_config, check_same_data, choose_checkpoint, run_lock
+from taming.training.signals import Signals
+from taming.training.skipped import Skipped
 from taming.training.task import Task
 from taming.training.tracking import Tracker
-
-# Keys of a config that may change between a run and its resumption: they do not change what is learned
-# from the steps already made.
-FREE_KEYS = (
-    "description",
-    "training.output",
-    "training.steps",
-    "training.minutes",
-    "training.workers",
-    "training.log_every",
-    "training.evaluate_every",
-    "training.preview_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.evaluation_pictures",
-    "recompute",
-    "compile",
-)
 
 
 class Interrupted(Exception):
     """The run was told to stop, and saved itself. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; go on from {checkpoint} with --resume auto"
-        )
+        super().__init__(f"stopped by {signal_name(number)}; go on from {checkpoint} with --resume auto")
         self.exit_code = 128 + number
+
+
+class _EvaluationStopped(Exception):
+    """A signal came while the run evaluated."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -95,35 +87,34 @@ def run_training(
     checkpoint of `run`, if any), "never", or a checkpoint's path.
     Raises UserError where the run cannot start, Interrupted after a signal.
     """
-    checkpoint = _choose_checkpoint(run, resume)
+    checkpoint = choose_checkpoint(run, resume)
     if checkpoint is not None:
-        _check_same_config(checkpoint.parents[1], config)
+        check_same_config(checkpoint.parents[1], config)
     accelerator = make_accelerator(training.precision)
     _check_batches(training, accelerator)
-    set_seed(training.seed)
-    task = build_task()
-    task.prepare(accelerator, training.steps)
-    set_seed(training.seed, device_specific=True)  # dropout differs between processes from here on
-    step, pictures = 0, 0
-    if checkpoint is not None:
-        progress = load_checkpoint(accelerator, checkpoint, task.modules(), task.optimizers())
-        step, pictures = progress["step"], progress["pictures"]
-        if progress["data"] != train_data.fingerprint():
-            raise UserError(
-                f"the training data is not that of {checkpoint}: files came, went or changed; restore them, "
-                "or train in another training.output"
-            )
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
-    loop = _Loop(accelerator, task, training, train_data, validation_data, run)
-    with Tracker(run, training.steps, enabled=accelerator.is_main_process) as tracker, _signals() as signals:
+    main, agreement, roster = accelerator.is_main_process, Agreement(), Roster()
+    _check_agreed(agreement, train_data, checkpoint)
+    with (
+        _one_run_a_folder(agreement, run, main),
+        _machine_faults(roster, accelerator.device),
+        Tracker(run, training.steps, enabled=main) as tracker,
+        Signals() as signals,
+    ):
+        set_seed(training.seed)
+        task = build_task()
+        task.prepare(accelerator, training.steps)
+        set_seed(training.seed, device_specific=True)  # dropout differs between processes from here on
+        loop = _Loop(
+            accelerator, agreement, task, training, train_data, validation_data, run, tracker, signals
+        )
+        if main:
+            save_config(config, run / "config.yaml")
         if checkpoint is not None:
-            tracker.note(f"resumed from {checkpoint} at step {step}")
+            loop.resume(checkpoint)
         else:
             for note in train_data.notes:
                 tracker.note(note)
-        figures = loop.go(tracker, signals, step, pictures)
+        figures = loop.go()
     accelerator.end_training()
     return RunResult(run, run / "model", figures, training.steps, tuple(loop.notes))
 
@@ -131,70 +122,133 @@ def run_training(
 @dataclass
 class _Loop:
     accelerator: Accelerator
+    agreement: Agreement
     task: Task
     training: TrainingConfig
     train_data: PictureDataset
     validation_data: PictureDataset
     run: Path
+    tracker: Tracker
+    signals: Signals
     notes: list[str] = field(default_factory=list)
 
-    def go(self, tracker: Tracker, signals: list[int], step: int, pictures: int) -> dict[str, float]:
-        training, accelerator = self.training, self.accelerator
-        tracker.start(step, pictures)
-        sums, count, figures = _Sums(), 0, dict[str, float]()
-        batches = self._batches(step)
+    step: int = 0
+    """Steps that are done."""
+    pictures: int = 0
+    evaluation_due: bool = False
+    """Whether the evaluation after the last step is still to be made: a signal cut it off."""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sums, self.skipped = _Sums(), Skipped(self.train_data)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, as if the run had never stopped."""
+        modules, optimizers = self.task.modules(), self.task.optimizers()
+        progress = load_checkpoint(self.accelerator, checkpoint, modules, optimizers)
+        check_same_data(checkpoint, progress["data"], self.train_data.fingerprint())
+        self.step, self.pictures = progress["step"], progress["pictures"]
+        # Checkpoints of earlier versions have none of these.
+        self.sums = _Sums(progress.get("sums", {}))
+        self.skipped = Skipped(self.train_data, progress.get("skipped", {}))
+        self.evaluation_due = progress.get("evaluation_due", False)
+        if checkpoint.parents[1] == self.run and "log_size" in progress:
+            self.tracker.cut_back(progress["log_size"], self.step)
+        self.tracker.note(f"resumed from {checkpoint} at step {self.step}")
+
+    def go(self) -> dict[str, float]:
+        """Train from `step` on to the end; the last evaluation's figures. Raises Interrupted, UserError."""
+        training, accelerator, tracker = self.training, self.accelerator, self.tracker
+        tracker.start(self.step, self.pictures)
+        if self.evaluation_due:
+            self._after_step()
+        batches, first = self._batches(), True
         guard = self.task.guard
-        while step < training.steps:
-            if guard is not None and guard.needs_checkpoint(step):
-                guard.arm(step)
+        while self.step < training.steps:
+            if guard is not None and guard.needs_checkpoint(self.step):
+                guard.arm(self.step)
                 with tracker.pause():
-                    self._save(step, pictures, model=False)
-            micro_batches = [to_device(batch, accelerator.device) for batch in next(batches)]
-            if count == 0:
+                    self._save(model=False)
+            micro_batches, failure = self._read(batches)
+            stop, skipped = self.agreement.on_step(self.signals.received, failure, batches.take_skipped())
+            if stop:
+                self._leave(stop)
+            micro_batches = [to_device(batch, accelerator.device) for batch in micro_batches]
+            if first:
                 validate_batch(micro_batches[0], self.train_data.provides)
-            logs = self.task.train_step(micro_batches, step)
+                first = False
+            logs = self.task.train_step(micro_batches, self.step)
             if guard is not None and guard.collapse is not None:
-                step, pictures = self._go_back(tracker, guard, step, pictures)
-                batches, sums = self._batches(step), _Sums()
+                self._go_back(guard)
+                batches = self._batches()
                 continue
-            sums.add(logs)
-            step, pictures, count = step + 1, pictures + training.batch_size, count + 1
-            tracker.advance(step)
-            for text in self.task.notes():
-                self._tell(tracker, step, pictures, text)
-            last = step == training.steps
-            if step % training.log_every == 0 or last:
-                tracker.log(step, pictures, sums.means())
-                sums = _Sums()
-            stop = any_process(accelerator, bool(signals))
-            if (step % training.preview_every == 0 or last) and accelerator.is_main_process:
-                with tracker.pause():
-                    tracker.picture(step, self._preview())
-            if step % training.evaluate_every == 0 or last:
-                with tracker.pause():
-                    figures = self.task.evaluate(self._validation())
-                    tracker.log(step, pictures, figures, kind="validation")
-                for text in self.task.notes():
-                    self._tell(tracker, step, pictures, text)
-            if step % training.checkpoint_every == 0 or last or stop:
-                with tracker.pause():
-                    folder = self._save(step, pictures)
-                if stop and not last:
-                    raise Interrupted(signals[0] if signals else signal.SIGTERM, folder)
-        if not figures:  # resumed at the end: nothing was left to train, but perhaps to save
-            figures = self.task.evaluate(self._validation())
+            self.sums.add(logs)
+            self.step, self.pictures = self.step + 1, self.pictures + training.batch_size
+            tracker.advance(self.step)
+            text = self.skipped.add(skipped, self.pictures)
+            for note in (*self.task.notes(), *([text] if text else ())):
+                self._tell(self.step, self.pictures, note)
+            self._after_step()
+        if not self.figures:  # resumed at the end: nothing was left to train, but perhaps to save
+            self._evaluate()
             self._save_model()
         accelerator.wait_for_everyone()
-        return figures
+        return self.figures
 
-    def _go_back(self, tracker: Tracker, guard: CollapseGuard, step: int, pictures: int) -> tuple[int, int]:
-        """Return to the last healthy state, with less of what ruined this one; (step, pictures) there."""
-        root, reason = self.run / "checkpoints", guard.collapse
+    def _after_step(self) -> None:
+        """What is due once `step` steps are done: log, preview, evaluation, checkpoint."""
+        training, step, tracker = self.training, self.step, self.tracker
+        last = step == training.steps
+        if not self.evaluation_due:
+            if step % training.log_every == 0 or last:
+                tracker.log(step, self.pictures, self.sums.means())
+                self.sums = _Sums()
+            if (step % training.preview_every == 0 or last) and self.accelerator.is_main_process:
+                with tracker.pause(), _own_randomness(self.accelerator.device):
+                    tracker.picture(step, self._preview())
+        if step % training.evaluate_every == 0 or last:
+            self._evaluate()
+        if step % training.checkpoint_every == 0 or last:
+            with tracker.pause():
+                self._save()
+
+    def _evaluate(self) -> None:
+        self.evaluation_due = True
+        try:
+            with self.tracker.pause(), _own_randomness(self.accelerator.device):
+                self.figures = self.task.evaluate(self._validation())
+        except _EvaluationStopped as stopped:
+            self._leave(stopped.number)
+        self.evaluation_due = False
+        self.tracker.log(self.step, self.pictures, self.figures, kind="validation")
+        for text in self.task.notes():
+            self._tell(self.step, self.pictures, text)
+
+    def _leave(self, number: int) -> None:
+        """Save and end the run, as the signal asks."""
+        with self.tracker.pause():
+            folder = self._save(model=not self.evaluation_due)
+        raise Interrupted(number, folder)
+
+    def _read(self, batches: TrainBatches) -> tuple[list[Any], UserError | None]:
+        """This process's next micro-batches, or what is wrong with them."""
+        begin = time.perf_counter()
+        try:
+            return next(batches), None
+        except UserError as error:
+            return [], error
+        finally:
+            self.tracker.waited(time.perf_counter() - begin)
+
+    def _go_back(self, guard: CollapseGuard) -> None:
+        """Return to the last healthy state, with less of what ruined this one."""
+        root, reason, tracker = self.run / "checkpoints", guard.collapse, self.tracker
         folder = latest_checkpoint(root, up_to=guard.healthy_step)
-        noticed = step + 1, pictures + self.training.batch_size
+        noticed = self.step + 1, self.pictures + self.training.batch_size
+        self.sums = _Sums()
         if folder is None:
-            step, pictures = noticed
-            guard.rolled_back(step)
+            self.step, self.pictures = noticed
+            guard.rolled_back(self.step)
             action = "no healthy checkpoint is left, so the run goes on from here"
         else:
             with tracker.pause():
@@ -202,28 +256,27 @@ class _Loop:
                 modules, optimizers = self.task.modules(), self.task.optimizers()
                 progress = load_checkpoint(self.accelerator, folder, modules, optimizers)
                 guard.load_state_dict(known)  # the guard alone does not forget
-                step, pictures = progress["step"], progress["pictures"]
-                guard.rolled_back(step)
+                self.step, self.pictures = progress["step"], progress["pictures"]
+                guard.rolled_back(self.step)
                 # In this order: a run that is killed here meets the collapse again, and never resumes in it.
                 if self.accelerator.is_main_process:
-                    remove_checkpoints_after(root, step)
+                    remove_checkpoints_after(root, self.step)
                 self.accelerator.wait_for_everyone()
-                self._save(step, pictures)
-            tracker.start(step, pictures)
-            action = f"went back to step {step}"
+                self._save()
+            tracker.start(self.step, self.pictures)
+            action = f"went back to step {self.step}"
         again = f"has {guard.scale:.2g} of its weight from step {guard.resumed_step} on"
         text = (
             f"the reconstruction collapsed: {reason}; {action}, rollback {guard.rollbacks} of at most "
             f"{guard.config.max_rollbacks}; the adversarial term {again if guard.active else 'is off now'}"
         )
-        self._tell(tracker, *noticed, text)
-        return step, pictures
+        self._tell(*noticed, text)
 
-    def _tell(self, tracker: Tracker, step: int, pictures: int, text: str) -> None:
-        tracker.event(step, pictures, text)
+    def _tell(self, step: int, pictures: int, text: str) -> None:
+        self.tracker.event(step, pictures, text)
         self.notes.append(f"step {step}: {text}")
 
-    def _batches(self, step: int) -> Iterator[list[Any]]:
+    def _batches(self) -> TrainBatches:
         return train_batches(
             self.train_data,
             batch_size=self.training.batch_size,
@@ -231,17 +284,24 @@ class _Loop:
             seed=self.training.seed,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            start_step=step,
+            start_step=self.step,
             workers=self.training.workers,
         )
 
-    def _save(self, step: int, pictures: int, *, model: bool = True) -> Path:
+    def _save(self, *, model: bool = True) -> Path:
         guard = self.task.guard
-        progress = {"pictures": pictures, "data": self.train_data.fingerprint()}
+        progress = {
+            "pictures": self.pictures,
+            "data": self.train_data.fingerprint(),
+            "sums": self.sums.state(),
+            "skipped": dict(self.skipped.counts),
+            "evaluation_due": self.evaluation_due,
+            "log_size": self.tracker.log_size(),
+        }
         folder = save_checkpoint(
             self.accelerator,
             self.run / "checkpoints",
-            step,
+            self.step,
             self.task.modules(),
             self.task.optimizers(),
             progress,
@@ -259,13 +319,28 @@ class _Loop:
     def _validation(self) -> Iterator[Any]:
         batches = evaluation_batches(
             self.validation_data,
-            batch_size=max(self.training.batch_size // self.training.accumulation, 1),
+            batch_size=self._evaluation_batch_size(),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             limit=self.training.evaluation_pictures,
             workers=self.training.workers,
         )
-        return (to_device(batch, self.accelerator.device) for batch in batches)
+        share = -(-self._validation_pictures() // self.accelerator.num_processes)
+        rounds = -(-share // max(self._evaluation_batch_size() // self.accelerator.num_processes, 1))
+        for _ in range(rounds):
+            # Every process asks as often, whether or not it has another batch: none may leave alone.
+            if number := self.agreement.stop_asked(self.signals.received):
+                raise _EvaluationStopped(number)
+            batch = next(batches, None)
+            if batch is not None:
+                yield to_device(batch, self.accelerator.device)
+
+    def _evaluation_batch_size(self) -> int:
+        return max(self.training.batch_size // self.training.accumulation, 1)
+
+    def _validation_pictures(self) -> int:
+        limit, total = self.training.evaluation_pictures, len(self.validation_data)
+        return total if limit is None else min(limit, total)
 
     def _preview(self) -> Tensor:
         batch = next(evaluation_batches(self.validation_data, batch_size=8, limit=8))
@@ -275,92 +350,71 @@ class _Loop:
 class _Sums:
     """Means of the logged values, kept on the device until they are read."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, list[Tensor]] = {}
+    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
+        self.values: dict[str, list[Tensor | float]] = {
+            name: list(values) for name, values in (state or {}).items()
+        }
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value)
 
     def means(self) -> dict[str, float]:
-        return {name: sum(float(v) for v in values) / len(values) for name, values in self.values.items()}
+        return {name: sum(values) / len(values) for name, values in self.state().items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """What JSON can hold of it, exactly."""
+        return {name: [float(value) for value in values] for name, values in self.values.items()}
+
+
+def _check_agreed(agreement: Agreement, data: PictureDataset, checkpoint: Path | None) -> None:
+    """Refuse to start where processes see other data, or would go on from other checkpoints."""
+    seen = agreement.equal(f"{len(data)} pictures ({data.fingerprint()[:12]})")
+    if seen is not None:
+        shown = "; ".join(f"process {rank}: {text}" for rank, text in enumerate(seen))
+        raise UserError(
+            f"the processes see different training data ({shown}); give every one the same files under "
+            "data.root"
+        )
+    found = agreement.equal(str(checkpoint))
+    if found is not None:
+        raise UserError(
+            f"the processes would go on from different checkpoints ({'; '.join(found)}); training.output "
+            "must be a folder that all of them see"
+        )
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list; a second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
+def _one_run_a_folder(agreement: Agreement, run: Path, main: bool) -> Iterator[None]:
+    """Hold the run's folder; where another run holds it, every process raises UserError."""
+    lock = run_lock(run, enabled=main)
+    agreement.together(lock.__enter__)
     try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread (a notebook's worker, say): signals are not ours to take
-        yield received
-        return
-    try:
-        yield received
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        lock.__exit__(None, None, None)
 
 
-def _choose_checkpoint(run: Path, resume: str) -> Path | None:
-    existing = list_checkpoints(run / "checkpoints")
-    if resume == "never":
-        if existing:
-            raise UserError(
-                f"{run} already holds a run (newest: {existing[-1].name}) and --resume is never; choose "
-                "another training.output, remove the folder, or use --resume auto"
-            )
-        return None
-    if resume == "auto":
-        newest = latest_checkpoint(run / "checkpoints")
-        if newest is None and existing:
-            raise ArtifactError(
-                f"all {len(existing)} checkpoints of {run} are damaged; remove the folder to start anew"
-            )
-        return newest
-    path = Path(resume)
-    if not path.is_dir():
-        raise UserError(
-            f"--resume {resume}: no such checkpoint folder; use auto, never or RUN/checkpoints/step-N"
-        )
-    if list_checkpoints(path / "checkpoints"):  # a run's folder was given
-        return latest_checkpoint(path / "checkpoints")
-    return path
+@contextmanager
+def _machine_faults(roster: Roster, device: torch.device) -> Iterator[None]:
+    """Turn what is known to come of a failing machine into a FaultError that says so."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, OSError, MemoryError) as error:
+        known = roster.explain(error, device)
+        if known is None:
+            raise
+        raise known from error
 
 
-def _check_same_config(run: Path, config: Config) -> None:
-    """Refuse to go on with a config that would have trained otherwise; show the difference."""
-    saved_file = run / "config.yaml"
-    if not saved_file.is_file():
-        return
-    saved = _flatten(yaml.safe_load(saved_file.read_text(encoding="utf-8")))
-    now = _flatten(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: {saved.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-        and not any(key == free or key.startswith(free) for free in FREE_KEYS)
-    ]
-    if changed:
-        raise UserError(
-            f"the config is not the one {run} was trained with ({'; '.join(changed[:6])}); use {saved_file}, "
-            "or train in another training.output"
-        )
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """What happens inside draws from the generators without moving them for what comes after."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def _check_batches(training: TrainingConfig, accelerator: Accelerator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,14 +45,13 @@ class Tracker:
         self._last_time = self._start_time = time.perf_counter()
         self._last_pictures = 0
         self._first_step = 0
+        self._waited = 0.0
 
     def __enter__(self) -> Tracker:
         if not self.enabled:
             return self
-        from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
-
         (self.run / "previews").mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(self.run / "tensorboard"))
+        self._open_writer()
         self._log = (self.run / "log.jsonl").open("a", encoding="utf-8")
         if self.console.is_terminal:
             self._progress = Progress(
@@ -77,9 +77,30 @@ class Tracker:
             self._writer.close()
             self._log.close()
 
+    def log_size(self) -> int:
+        """Bytes of the log so far, which the disk holds when this returns."""
+        if not self.enabled:
+            return 0
+        self._log.flush()
+        os.fsync(self._log.fileno())
+        return self._log.tell()
+
+    def cut_back(self, log_size: int, step: int) -> None:
+        """Forget what was logged after a checkpoint that had `log_size` and `step`: it will come again."""
+        if not self.enabled:
+            return
+        if self._log.tell() > log_size:
+            self._log.truncate(log_size)
+        self._writer.close()
+        self._open_writer(purge_step=step + 1)
+
+    def waited(self, seconds: float) -> None:
+        """So long the training had nothing to do, for want of data."""
+        self._waited += seconds
+
     def start(self, step: int, pictures: int) -> None:
         """Training goes on from here."""
-        self._first_step, self._last_pictures = step, pictures
+        self._first_step, self._last_pictures, self._waited = step, pictures, 0.0
         self._last_time = self._start_time = time.perf_counter()
         if self._progress is not None:
             self._progress.reset(self._task, completed=step, total=self.total_steps)
@@ -96,8 +117,9 @@ class Tracker:
         now = time.perf_counter()
         if kind == "train":
             seconds = max(now - self._last_time, 1e-9)
-            figures = {"pictures_per_second": (pictures - self._last_pictures) / seconds, **figures}
-            self._last_time, self._last_pictures = now, pictures
+            pace = (pictures - self._last_pictures) / seconds
+            figures = {"pictures_per_second": pace, "data_wait": self._waited / seconds, **figures}
+            self._last_time, self._last_pictures, self._waited = now, pictures, 0.0
         record = {"step": step, "pictures": pictures, "kind": kind, **figures}
         self._log.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
         self._log.flush()
@@ -105,8 +127,8 @@ class Tracker:
             self._writer.add_scalar(f"{kind}/{name}", value, step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
         if self._progress is not None and self._live is not None and kind == "train":
-            pace = f"{figures.pop('pictures_per_second'):.1f} pictures/s"
-            self._progress.update(self._task, completed=step, rate=pace)
+            rate = f"{figures.pop('pictures_per_second'):.1f} pictures/s"
+            self._progress.update(self._task, completed=step, rate=rate)
             self._live.update(Group(self._progress, _columns(figures)))
         else:
             left = ""
@@ -139,6 +161,11 @@ class Tracker:
         self._log.flush()
         self._writer.add_text("note", text, step)
         self.note(f"step {step}: {text}")
+
+    def _open_writer(self, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge_step)
 
     def note(self, text: str) -> None:
         """One line for the user."""

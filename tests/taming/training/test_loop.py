@@ -28,7 +28,7 @@ def last_state(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_leaves_all_that_a_user_needs(tmp_path: Path) -> None:
     result = train_tokenizer(vq_config(), tmp_path / "run")
     assert {path.name for path in result.folder.iterdir()} == {
-        "checkpoints", "config.yaml", "log.jsonl", "model", "previews", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "log.jsonl", "model", "previews", "tensorboard",
     }  # fmt: skip
     records = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]
