@@ -6,7 +6,7 @@ A checkpoint is a folder RUN/checkpoints/step-00001000 with
     optimizers.safetensors    tensors of every optimiser's state, "NAME/PARAMETER/KEY"
     random-RANK.safetensors   state of the random generators of each process
     progress.json             step, param_groups, whatever else is plain
-    manifest.json             size and sha256 of each of these, written last
+    manifest.json             the number of processes; size and sha256 of each of these; written last
 
 It is written as step-N.tmp, synced to the disk and renamed, and only then are older ones removed: a
 process that is killed at any moment leaves the last whole checkpoint in place. Nothing is pickled.
@@ -18,23 +18,32 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from taming.errors import ArtifactError
+from taming.atomic import REMOVING, REPLACED, TEMPORARY, put_in_place, remove_folder, sync
+from taming.errors import ArtifactError, FaultError
+from taming.tensor_file import Written, tensor_bytes, write_tensors
+from taming.training.agreement import Agreement
+from taming.training.disk import folder_bytes, free_bytes, full_disk
 
-MANIFEST = "manifest.json"
-REPLACED = ".old"
-"""Ends the name of a checkpoint that is being replaced by another of its step."""
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+MODULES, OPTIMIZERS = "modules.safetensors", "optimizers.safetensors"
+RANDOM = "random-{}.safetensors"
+WRITTEN = "written-{}.json"
+"""What a process says it wrote, for the manifest."""
+NAME = re.compile(r"step-(\d{8,})")
 
 
 def save_checkpoint(
@@ -47,54 +56,57 @@ def save_checkpoint(
     *,
     keep: int = 2,
     healthy_step: int = -1,
+    agreement: Agreement | None = None,
 ) -> Path:
     """Write root/step-N; every process must call it. Returns the folder.
 
-    Of the older ones the newest `keep` stay, and the newest up to `healthy_step`.
-    Raises ArtifactError naming path and size where the disk cannot take it; older ones stay.
+    Of the older ones the newest `keep` stay, and the newest up to `healthy_step`. `agreement` is the run's
+    own, where there is one.
+    Raises FaultError on all processes where one cannot write, naming path, bytes needed and bytes free; the
+    checkpoints before it stay, and what was written of it goes.
     """
-    final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    tensors: dict[str, Tensor] = {}
-    try:
-        _write_tensors(temporary / f"random-{accelerator.process_index}.safetensors", _random_state())
-        if accelerator.is_main_process:
-            for name, module in modules.items():
-                tensors.update({f"{name}/{key}": value for key, value in module.state_dict().items()})
-            _write_tensors(temporary / "modules.safetensors", tensors)
-            groups, state = _split_optimizers(optimizers)
-            _write_tensors(temporary / "optimizers.safetensors", state)
-            _write_json(temporary / "progress.json", {"step": step, "groups": groups, **progress})
-    except (OSError, RuntimeError) as error:
-        needed = sum(value.nbytes for value in tensors.values())
-        raise ArtifactError(
-            f"checkpoint {final} was not written ({error}); it needs about {3 * needed / 2**20:.0f} MiB: "
-            "free that much or set training.output to another disk; the checkpoint before it is whole"
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = sorted(path for path in temporary.iterdir())
-        manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        _write_json(temporary / MANIFEST, {"processes": accelerator.num_processes, "files": manifest})
-        _sync(temporary)
-        aside = final.with_suffix(REPLACED)
-        if (
-            final.exists()
-        ):  # a folder cannot be replaced at once: what it held counts until the new one is there
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-        os.replace(temporary, final)
-        _sync(root)
-        shutil.rmtree(aside, ignore_errors=True)
-        finished = list_checkpoints(root)
-        healthy = [path for path in finished if checkpoint_step(path) <= healthy_step][-1:]
-        for old in finished[:-keep]:
-            if old not in healthy:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    final = root / f"step-{step:08d}"
+    temporary = final.with_name(final.name + TEMPORARY)
+    main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    agreement = agreement or Agreement()
+    weights: dict[str, Tensor] = {}
+    groups: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
+    if main:
+        for name, module in modules.items():
+            weights.update({f"{name}/{key}": value for key, value in module.state_dict().items()})
+        groups, state = _split_optimizers(optimizers)
+
+    def begin() -> None:
+        if main:
+            root.mkdir(parents=True, exist_ok=True)
+            clean_up(root)
+            temporary.mkdir()
+
+    def write() -> None:
+        part = _Part(temporary, rank)
+        part.tensors(RANDOM.format(rank), _random_state())
+        if main:
+            part.tensors(MODULES, weights)
+            part.tensors(OPTIMIZERS, state)
+            part.json(PROGRESS, {"step": step, "groups": groups, **progress})
+        part.finish()
+
+    def publish() -> None:
+        if main:
+            files = _merged(temporary, processes)
+            _write_json(temporary / MANIFEST, {"processes": processes, "files": files})
+            sync(temporary)
+            put_in_place(temporary, final)
+            purge(root, keep=keep, healthy_step=healthy_step)
+
+    for stage in (begin, write, publish):
+        try:
+            agreement.together(partial(_or_full_disk, stage, final, tensor_bytes(weights | state)))
+        except FaultError:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return final
 
 
@@ -106,7 +118,9 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore everything in place; returns what was given as `progress`, with "step".
 
-    Raises ArtifactError where the checkpoint is damaged or of another architecture.
+    With another number of processes than saved it, those that are new keep the random state that their seed
+    gave them (`other_processes` says so). Raises ArtifactError where the checkpoint is damaged, lacks
+    something, or is of another architecture.
     """
     problem = verify_checkpoint(folder)
     if problem:
@@ -114,63 +128,112 @@ def load_checkpoint(
             f"checkpoint {folder}: {problem}; resume from another with --resume PATH "
             "or start anew in another training.output"
         )
-    saved = load_file(folder / "modules.safetensors")
+    saved = load_file(folder / MODULES)
     for name, module in modules.items():
         prefix = f"{name}/"
         state = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
         _check_state(folder, name, state, module.state_dict())
         module.load_state_dict(state)
-    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     groups = progress.pop("groups")
-    state = load_file(folder / "optimizers.safetensors")
+    state = load_file(folder / OPTIMIZERS)
     for name, optimizer in optimizers.items():
         if name not in groups:
             raise ArtifactError(f"checkpoint {folder} holds no optimiser {name!r}: it is of another model")
         _load_optimizer(name, optimizer, groups[name], state)
-    random_file = folder / f"random-{accelerator.process_index}.safetensors"
+    random_file = folder / RANDOM.format(accelerator.process_index)
     if random_file.is_file():
-        # With another number of processes the new ones keep the state that their seed gave them.
         _set_random_state(load_file(random_file))
     return progress
 
 
+def other_processes(accelerator: Accelerator, folder: Path) -> str | None:
+    """What the user should know where a checkpoint was saved by another number of processes; else None."""
+    saved, now = _manifest(folder)["processes"], accelerator.num_processes
+    if saved == now:
+        return None
+    return (
+        f"{folder.name} was saved by {saved} process(es) and goes on with {now}: the pictures of each step "
+        "stay the same, but dropout and other chance do not, nor do sums to the last bit"
+    )
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first. Folders without a manifest do not count."""
-    finished = [p for p in root.glob("step-*") if p.suffix != ".tmp" and (p / MANIFEST).is_file()]
-    return sorted(finished, key=lambda path: (path.stem, path.suffix != REPLACED))
+    finished = [
+        path
+        for path in root.glob("step-*")
+        if NAME.fullmatch(path.name.removesuffix(REPLACED)) and (path / MANIFEST).is_file()
+    ]
+    return sorted(finished, key=lambda path: (checkpoint_step(path), not path.name.endswith(REPLACED)))
 
 
-def latest_checkpoint(root: Path, *, up_to: int | None = None) -> Path | None:
-    """The newest checkpoint (of those up to a step) whose files are all as its manifest says."""
+def latest_checkpoint(
+    root: Path, *, up_to: int | None = None, damaged: list[str] | None = None
+) -> Path | None:
+    """The newest checkpoint (of those up to a step) whose files are all as its manifest says.
+
+    `damaged` takes a line about each newer one that is not.
+    """
     for folder in reversed(list_checkpoints(root)):
-        if (up_to is None or checkpoint_step(folder) <= up_to) and verify_checkpoint(folder) is None:
+        if up_to is not None and checkpoint_step(folder) > up_to:
+            continue
+        problem = verify_checkpoint(folder)
+        if problem is None:
             return folder
+        if damaged is not None:
+            damaged.append(f"{folder} is passed over: {problem}")
     return None
 
 
 def remove_checkpoints_after(root: Path, step: int) -> None:
-    """Remove what was saved later than `step`."""
-    for folder in list_checkpoints(root):
+    """Remove what was saved later than `step`, the newest first."""
+    for folder in reversed(list_checkpoints(root)):
         if checkpoint_step(folder) > step:
-            shutil.rmtree(folder)
+            remove_folder(folder)
+
+
+def purge(root: Path, *, keep: int, healthy_step: int = -1) -> None:
+    """Remove all but the newest `keep` checkpoints and the newest up to `healthy_step`."""
+    finished = list_checkpoints(root)
+    healthy = [path for path in finished if checkpoint_step(path) <= healthy_step][-1:]
+    for old in finished[:-keep]:
+        if old not in healthy:
+            remove_folder(old)
+
+
+def clean_up(root: Path) -> None:
+    """Remove what a killed process left half written or half removed; one process of a run may."""
+    for left in [*root.glob("step-*" + TEMPORARY), *root.glob("step-*" + REMOVING)]:
+        shutil.rmtree(left)
+    for aside in root.glob("step-*" + REPLACED):
+        final = aside.with_name(aside.name.removesuffix(REPLACED))
+        if final.exists():
+            remove_folder(aside)
+        else:
+            os.replace(aside, final)
 
 
 def checkpoint_step(folder: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(folder.stem.removeprefix("step-"))
+    return int(folder.name.removesuffix(REPLACED).removeprefix("step-"))
 
 
 def verify_checkpoint(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
-    for name, expected in manifest.items():
+        manifest = _manifest(folder)
+        files, processes = manifest["files"], int(manifest["processes"])
+        expected = {name: Written(entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({error!r})"
+    parts = [MODULES, OPTIMIZERS, PROGRESS, *(RANDOM.format(rank) for rank in range(processes))]
+    for name in dict.fromkeys([*parts, *expected]):
         path = folder / name
-        if not path.is_file():
+        if name not in expected or not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+        wanted = expected[name]
+        if path.stat().st_size != wanted.size or _sha256(path) != wanted.sha256:
             return f"{name} is damaged"
     return None
 
@@ -245,24 +308,60 @@ def _set_random_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # A fresh copy: safetensors refuses tensors that share their memory.
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path)
-    _sync(path)
+class _Part:
+    """The files of a checkpoint that one process writes."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+        self.written: dict[str, Written] = {}
+
+    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.written[name] = write_tensors(self.folder / name, tensors)
+
+    def json(self, name: str, value: Any) -> None:
+        self.written[name] = _write_json(self.folder / name, value)
+
+    def finish(self) -> None:
+        """Tell the main process what was written."""
+        written = {name: entry._asdict() for name, entry in self.written.items()}
+        _write_json(self.folder / WRITTEN.format(self.rank), written)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
-    _sync(path)
+def _merged(folder: Path, processes: int) -> dict[str, Any]:
+    """The files that all processes wrote, for the manifest. Raises FaultError where one's are not here."""
+    files: dict[str, Any] = {}
+    for rank in range(processes):
+        told = folder / WRITTEN.format(rank)
+        if not told.is_file():
+            raise FaultError(
+                f"process {rank} has written its part of {folder}, but it is not there: all machines of a "
+                "run must share the folder training.output"
+            )
+        files |= json.loads(told.read_text(encoding="utf-8"))
+        told.unlink()
+    return files
 
 
-def _sync(path: Path) -> None:
-    """Wait until the disk holds a file or a folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
+def _or_full_disk(stage: Callable[[], None], final: Path, needed: int) -> None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        stage()
+    except OSError as error:
+        there = folder_bytes(final.with_name(final.name + TEMPORARY))  # of it, to be removed
+        raise full_disk(error, "checkpoint", final, needed, free_bytes(final) + there) from error
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _write_json(path: Path, value: Any) -> Written:
+    data = json.dumps(value, indent=1, sort_keys=True).encode()
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _sha256(path: Path) -> str:

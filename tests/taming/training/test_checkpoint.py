@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from taming.errors import ArtifactError
+from taming.errors import ArtifactError, FaultError
 from taming.training import checkpoint
 from taming.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    other_processes,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -128,9 +130,12 @@ def test_a_full_disk_is_said_with_its_need_and_keeps_the_last(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_json", full)
-    with pytest.raises(ArtifactError, match=r"No space left.*MiB"):
+    with pytest.raises(
+        FaultError, match=r"step-00000002 was not written \(No space left .* 136 B, and .* GiB"
+    ):
         save(accelerator, tmp_path, 2, model, optimizer)
     assert latest_checkpoint(tmp_path) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_nothing_is_pickled(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -141,30 +146,72 @@ def test_nothing_is_pickled(accelerator: Accelerator, tmp_path: Path) -> None:
     assert "processes" in json.loads((folder / "manifest.json").read_text())
 
 
-def test_a_kill_while_a_checkpoint_is_replaced_leaves_what_it_held(
-    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["random-1.safetensors", "progress.json", "optimizers.safetensors"])
+def test_missing_state_is_an_error_that_names_it(
+    accelerator: Accelerator, tmp_path: Path, damage: str
 ) -> None:
     model, optimizer = make()
+    folder = save(accelerator, tmp_path, 1, model, optimizer)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["processes"] = 2  # as if the second process had never written
+    manifest["files"]["random-1.safetensors"] = manifest["files"]["random-0.safetensors"]
+    (folder / "random-1.safetensors").write_bytes((folder / "random-0.safetensors").read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify_checkpoint(folder) is None
+    del manifest["files"][damage]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=f"{damage} is missing; resume from another"):
+        load_checkpoint(accelerator, folder, {"model": model}, {"adam": optimizer})
+
+
+def test_another_number_of_processes_is_said(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    folder = save(accelerator, tmp_path, 1, model, optimizer)
+    assert other_processes(accelerator, folder) is None
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "processes": 4}))
+    said = other_processes(accelerator, folder)
+    assert said is not None
+    assert "step-00000001 was saved by 4 process(es) and goes on with 1" in said
+
+
+def test_what_is_passed_over_is_said(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
+    first = save(accelerator, tmp_path, 1, model, optimizer)
+    second = save(accelerator, tmp_path, 2, model, optimizer)
+    (second / "manifest.json").write_text("{}")
+    said: list[str] = []
+    assert latest_checkpoint(tmp_path, damaged=said) == first
+    assert len(said) == 1
+    assert said[0].startswith(f"{second} is passed over: its manifest.json cannot be read")
+
+
+def test_a_part_that_is_not_on_this_disk_is_said(accelerator: Accelerator, tmp_path: Path) -> None:
+    (tmp_path / "written-0.json").write_text("{}")
+    with pytest.raises(FaultError, match=r"process 1 has written .* must share the folder"):
+        checkpoint._merged(tmp_path, 2)
+
+
+def test_tensors_that_share_memory_are_saved_and_restored(accelerator: Accelerator, tmp_path: Path) -> None:
+    tied = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    tied[1].weight = tied[0].weight
+    optimizer = torch.optim.Adam(tied.parameters())
+    folder = save(accelerator, tmp_path, 1, tied, optimizer)
+    wanted = tied[0].weight.detach().clone()
+    nn.init.zeros_(tied[0].weight)
+    load_checkpoint(accelerator, folder, {"model": tied}, {"adam": optimizer})
+    assert torch.equal(tied[1].weight, wanted)
+
+
+def test_what_a_killed_process_left_is_cleaned_up(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = make()
     save(accelerator, tmp_path, 1, model, optimizer)
-    real, calls = os.replace, []
-
-    def killed_at_the_second(source: object, target: object) -> None:
-        calls.append(source)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(checkpoint.os, "replace", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        save(accelerator, tmp_path, 1, model, optimizer)
-    monkeypatch.undo()
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert checkpoint.checkpoint_step(found) == 1
-    assert load_checkpoint(accelerator, found, {"model": model}, {"adam": optimizer})["step"] == 1
-    assert latest_checkpoint(tmp_path, up_to=0) is None
-    assert save(accelerator, tmp_path, 1, model, optimizer) == latest_checkpoint(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    for left in ("step-00000002.tmp", "step-00000000.removing", "step-00000001.old"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / left)
+    os.rename(tmp_path / "step-00000001", tmp_path / "step-00000003.old")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001.old", "step-00000003.old"]
+    checkpoint.clean_up(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000003"}
 
 
 def test_the_newest_healthy_one_is_kept_besides(accelerator: Accelerator, tmp_path: Path) -> None:
