@@ -28,7 +28,8 @@ from taming.data.folder import (
     scan_folder,
 )
 from taming.data.picture import read_depth, read_labels
-from taming.errors import DataError
+from taming.data.png import png_fault
+from taming.errors import BadSample, DataError
 
 _LARGE = 32_000_000
 """Pictures of more pixels than this are decoded one at a time, so that memory does not grow with threads."""
@@ -103,6 +104,7 @@ class _Check:
         if self.decode:
             with findings.catch(path), self._room(size):
                 read_pixels(path, config.channels, max_pixels=config.max_pixels)
+                _check_sums(path)
 
     def _check_map(self, kind: MapKind, path: Path, picture: Path, size: tuple[int, int] | None) -> None:
         """Raises DataError."""
@@ -123,6 +125,7 @@ class _Check:
                     read_depth(path, max_pixels=limit)
                 else:
                     read_pixels(path, config.condition_channels, max_pixels=limit)
+                _check_sums(path)
         if size is not None and not same_aspect(size, own):
             raise DataError(
                 f"map {path} is {own[1]}x{own[0]}, but its picture {picture} is {size[1]}x{size[0]}: the"
@@ -140,6 +143,15 @@ class _Check:
                 return hashlib.file_digest(file, "sha256").digest()
         except OSError:
             return None  # reading it as a picture has said why
+
+
+def _check_sums(path: Path) -> None:
+    """Damage that left the pixels whole: training does not mind, but a copy went wrong. Raises BadSample."""
+    with path.open("rb") as file:
+        fault = png_fault(file)
+    if fault is not None:
+        what = "is cut off behind its pixels" if fault == "truncated" else "has a wrong checksum"
+        raise BadSample(f"picture {path} {what}, though its pixels can be read; fetch it again", fault)
 
 
 def _entries(config: FolderDataConfig, folder: Path, findings: Findings) -> list[Entry]:

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from taming.data.png import png_fault
 from taming.errors import BadSample, DataError
 
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -45,6 +46,8 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
+# How Pillow says that there was less than there should be.
+_CUT_OFF = ("truncated", "unexpected end", "not enough image data", "buffer is not large enough")
 _open_lock = threading.Lock()
 
 
@@ -90,7 +93,11 @@ def read_picture(
                 height, width = width, height
             image.draft("RGB", (width, height))
         image.load()
-        return _convert(ImageOps.exif_transpose(image), path, mode)
+        if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+            # Adobe stores inks inverted and leaves its mark; Pillow takes every file for Adobe's.
+            image.paste(ImageChops.invert(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _convert(image, path, mode)
 
 
 def read_labels(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -100,7 +107,7 @@ def read_labels(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _opened(path, max_pixels) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise BadSample(
                 f"map {path} is a picture in mode {image.mode}, not a label map; save it as 8 or 16-bit grey"
@@ -117,7 +124,7 @@ def read_depth(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _opened(path, max_pixels) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         values = np.asarray(image)
         if image.mode == "L":
             return values.astype(np.float32) / 255
@@ -134,6 +141,8 @@ def read_size(path: Source, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) of the upright picture, from the file's header alone. Raises BadSample."""
     with _opened(path, max_pixels) as image:
         width, height = image.size
+        if image.format == "TIFF":
+            return height, width  # Pillow has turned it already
         return (width, height) if _orientation(image) in _TRANSPOSED else (height, width)
 
 
@@ -179,6 +188,8 @@ def tile(images: Tensor, columns: int, pad: int = 2) -> Tensor:
 def _opened(path: Source, max_pixels: int) -> Iterator[Image.Image]:
     """Open a file by its header; whatever is wrong with it, then or on reading, becomes a BadSample."""
     try:
+        if not Path(path).is_file() and Path(path).exists():
+            raise OSError("it is not a file")  # reading from a pipe would wait for ever
         with _open_unlimited(path) as image:
             if image.width * image.height > max_pixels:
                 raise BadSample(
@@ -191,15 +202,29 @@ def _opened(path: Source, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise BadSample(f"picture {path} does not exist", "missing") from None
-    except UnidentifiedImageError:
-        raise BadSample(
-            f"picture {path} is damaged or not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file;"
-            " convert it or remove it",
-            "unreadable",
-        ) from None
     except _BROKEN as error:
-        reason = "truncated" if "truncated" in str(error) else "unreadable"
-        raise BadSample(f"picture {path} cannot be read: {error}; replace it or remove it", reason) from None
+        raise _refusal(path, error) from None
+
+
+def _refusal(path: str | Path, error: Exception) -> BadSample:
+    """What is said of a file that Pillow could not read."""
+    path = Path(path)
+    if not path.is_file():
+        return BadSample(f"picture {path} is not a file; remove it", "unreadable")
+    if not path.stat().st_size:
+        return BadSample(f"picture {path} is empty; replace it or remove it", "truncated")
+    with path.open("rb") as file:
+        fault = png_fault(file)
+    if fault is not None:
+        what = "is cut off" if fault == "truncated" else "is damaged: a checksum in it is wrong"
+        return BadSample(f"picture {path} {what}; replace it or remove it", fault)
+    if isinstance(error, UnidentifiedImageError):
+        names = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        return BadSample(
+            f"picture {path} is damaged or not a {names} file; convert it or remove it", "unreadable"
+        )
+    reason = "truncated" if any(word in str(error).lower() for word in _CUT_OFF) else "unreadable"
+    return BadSample(f"picture {path} cannot be read: {error}; replace it or remove it", reason)
 
 
 def _open_unlimited(path: Source) -> Image.Image:
@@ -225,10 +250,15 @@ def _orientation(image: Image.Image) -> int:
 def _convert(image: Image.Image, path: Source, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = _deep_grey(image, path)
+        clear = image.info.get("transparency")  # the one value that is transparent
         if mode == "L":
-            return Image.fromarray(values.astype(np.float32) / 32767.5 - 1)
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return Image.fromarray(grey).convert(mode)
+            deep = values.astype(np.float32) / 32767.5 - 1
+            return Image.fromarray(deep if clear is None else np.where(values == clear, np.float32(1), deep))
+        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if clear is None:
+            return grey.convert(mode)
+        grey.putalpha(Image.fromarray(values != clear).convert("L"))
+        return _convert(grey, path, mode)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
