@@ -7,19 +7,24 @@ batches, and resuming at a step is arithmetic.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
+from itertools import chain, count
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from taming.data.batch import collate
 from taming.data.dataset import PictureDataset
+from taming.data.parcel import Parcel
+from taming.data.patience import patiently
 from taming.data.transforms import uniforms
-from taming.errors import BadSample, ConfigError, DataError
+from taming.data.workers import Workers
+from taming.errors import BadSample, ConfigError, DataError, UserError
 from taming.types import Batch
 
 Slot = tuple[int, int]
@@ -31,10 +36,14 @@ SUBSTITUTES = 32
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A batch, and how many bad samples were replaced in it, by reason."""
+    """Samples in a batch, and what was bad among those that were asked for."""
 
-    batch: Batch
+    batch: Batch | None
+    """None where no sample is left."""
     skipped: Counter[str] = field(default_factory=Counter)
+    """Reason -> how many."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Reason -> what was wrong with the first."""
 
 
 class TrainBatches(Iterator[list[Batch]]):
@@ -43,17 +52,66 @@ class TrainBatches(Iterator[list[Batch]]):
     def __init__(self, loaded: Iterator[_Loaded], micro_batches: int) -> None:
         self._loaded, self._micro_batches = loaded, micro_batches
         self._skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        """Reason -> what was wrong with the first sample that was bad for it."""
 
     def __next__(self) -> list[Batch]:
-        loaded = [next(self._loaded) for _ in range(self._micro_batches)]
-        for item in loaded:
-            self._skipped += item.skipped
-        return [item.batch for item in loaded]
+        batches = []
+        for _ in range(self._micro_batches):
+            loaded = next(self._loaded)
+            assert loaded.batch is not None  # in training, others take the places of bad samples
+            self._skipped += loaded.skipped
+            self.examples = {**loaded.examples, **self.examples}
+            batches.append(loaded.batch)
+        return batches
 
     def take_skipped(self) -> Counter[str]:
         """Reason -> bad samples that were replaced in what was handed out since the last call."""
         taken, self._skipped = self._skipped, Counter()
         return taken
+
+    def close(self) -> None:
+        """End the data workers; they end with this object, too."""
+        if isinstance(self._loaded, Workers):
+            self._loaded.close()
+
+
+class EvaluationBatches(Iterator[Batch]):
+    """Samples once each, without the bad ones, which `skipped` counts; too many of them raise DataError."""
+
+    def __init__(self, loaded: Iterator[_Loaded], total: int, budget: float) -> None:
+        self._loaded, self._total, self._budget = loaded, total, budget
+        self.skipped: Counter[str] = Counter()
+        """Reason -> bad samples that were left out so far."""
+        self.examples: dict[str, str] = {}
+        """Reason -> what was wrong with the first of them."""
+
+    def __next__(self) -> Batch:
+        for loaded in self._loaded:
+            if loaded.skipped:
+                self._count(loaded)
+            if loaded.batch is not None:
+                return loaded.batch
+        if self.skipped:
+            warnings.warn(f"left out of the evaluation: {self._told()}", stacklevel=2)
+        raise StopIteration
+
+    def _count(self, loaded: _Loaded) -> None:
+        self.skipped += loaded.skipped
+        self.examples = {**loaded.examples, **self.examples}
+        # One may always be bad: a budget of 0.1 % would else be none for fewer than 1000 samples.
+        if self.skipped.total() > max(1.0, self._budget * self._total):
+            raise DataError(
+                f"{self._told()}: more of the {self._total} samples to evaluate on than data.skip_budget ="
+                f" {self._budget:g} allows; find them with `taming data check`, mend or remove them, or raise"
+                " data.skip_budget"
+            )
+
+    def _told(self) -> str:
+        return "; ".join(
+            f"{number} {reason} (first: {self.examples[reason]})"
+            for reason, number in sorted(self.skipped.items())
+        )
 
 
 def train_batches(
@@ -88,7 +146,7 @@ def train_batches(
                 first = step * batch_size + (rank * micro_batches + micro) * share
                 yield [slot(dataset, seed, number) for number in range(first, first + share)]
 
-    return TrainBatches(_load(dataset, plan(), seed, workers), micro_batches)
+    return TrainBatches(_load(dataset, plan(), seed, workers, rank), micro_batches)
 
 
 def evaluation_batches(
@@ -99,7 +157,7 @@ def evaluation_batches(
     world_size: int = 1,
     limit: int | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> EvaluationBatches:
     """The first `limit` samples in order, without augmentation, each on exactly one rank.
 
     Rank r takes samples r, r + world_size, ... in batches of batch_size / world_size (at least 1); the
@@ -115,7 +173,8 @@ def evaluation_batches(
         for first in range(0, len(indices), share):
             yield [(-1, index) for index in indices[first : first + share]]
 
-    return (item.batch for item in _load(dataset, plan(), 0, workers))
+    workers = min(workers, -(-len(indices) // share))
+    return EvaluationBatches(_load(dataset, plan(), 0, workers, rank), total, dataset.skip_budget)
 
 
 def slot(dataset: PictureDataset, seed: int, number: int) -> Slot:
@@ -130,82 +189,57 @@ def substitute(seed: int, epoch: int, index: int, attempt: int, length: int) -> 
 
 
 def _load(
-    dataset: PictureDataset, plan: Iterator[Sequence[Slot]], seed: int, workers: int
+    dataset: PictureDataset, plan: Iterator[Sequence[Slot]], seed: int, workers: int, rank: int
 ) -> Iterator[_Loaded]:
-    if workers == 0:
-        return (_fetch(dataset, slots, seed) for slots in plan)
-    loader: DataLoader[Any] = DataLoader(
-        _Slots(dataset, seed),
-        sampler=_Plan(plan),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4,
-        # Without its own, the loader would draw from torch's global stream, and training would differ by
-        # the number of workers.
-        generator=torch.Generator(),
-        collate_fn=_as_it_is,  # torch's own would turn the tuples in a batch into lists
+    fetch = partial(_fetch, dataset, seed)
+    first = next(plan, None) if workers else None
+    if first is None:
+        return map(fetch, plan)
+    pin = torch.cuda.is_available() and torch.cuda.is_initialized()
+    room = _room(dataset, seed, first)
+    return Workers(fetch, chain([first], plan), workers=workers, room=room, rank=rank, pin=pin)
+
+
+def _room(dataset: PictureDataset, seed: int, slots: Sequence[Slot]) -> int:
+    """Bytes that the tensors of a batch take: samples of one data set have one size."""
+    try:
+        loaded = _fetch(dataset, seed, slots[:1])
+    except UserError:
+        return 0  # it is raised when its turn comes
+    return sum(
+        len(slots) * value.nbytes + Parcel.ALIGNMENT
+        for value in (loaded.batch or {}).values()
+        if isinstance(value, Tensor)
     )
-    return _unwrap(loader)
 
 
-def _fetch(dataset: PictureDataset, slots: Sequence[Slot], seed: int) -> _Loaded:
+def _fetch(dataset: PictureDataset, seed: int, slots: Sequence[Slot]) -> _Loaded:
     try:
         return _Loaded(dataset.batch([index for _, index in slots], [epoch for epoch, _ in slots], seed=seed))
     except BadSample:
-        if not dataset.skip_budget or any(epoch < 0 for epoch, _ in slots):
-            raise
+        pass  # sample by sample, then
     skipped: Counter[str] = Counter()
-    samples = [_readable(dataset, epoch, index, seed, skipped) for epoch, index in slots]
-    return _Loaded(collate(samples), skipped)
+    examples: dict[str, str] = {}
+    samples = []
+    for epoch, index in slots:
+        try:
+            samples.append(patiently(partial(dataset.sample, index, epoch, seed=seed)))
+        except BadSample as error:
+            if not dataset.skip_budget:
+                raise
+            skipped[error.reason] += 1
+            examples.setdefault(error.reason, str(error))
+            if epoch >= 0:
+                samples.append(_other(dataset, seed, epoch, index, error))
+    return _Loaded(collate(samples) if samples else None, skipped, examples)
 
 
-def _readable(
-    dataset: PictureDataset, epoch: int, index: int, seed: int, skipped: Counter[str]
-) -> dict[str, Any]:
-    """The sample, or the first readable one of its substitutes; counts it where it is bad."""
-    try:
-        return dataset.sample(index, epoch, seed=seed)
-    except BadSample as error:
-        skipped[error.reason] += 1
-        first = error
+def _other(dataset: PictureDataset, seed: int, epoch: int, index: int, first: BadSample) -> dict[str, Any]:
+    """The first readable one of the substitutes of a bad sample."""
     for attempt in range(SUBSTITUTES):
         other = substitute(seed, epoch, index, attempt, len(dataset))
         try:
-            return dataset.sample(other, epoch, seed=seed)
+            return patiently(partial(dataset.sample, other, epoch, seed=seed))
         except BadSample:
             continue
     raise DataError(f"{SUBSTITUTES} samples in place of a bad one are bad too, the first of them: {first}")
-
-
-class _Slots(Dataset[Any]):
-    """The dataset as torch sees it: its "index" is a whole batch of slots."""
-
-    def __init__(self, dataset: PictureDataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-
-    def __getitem__(self, slots: Sequence[Slot]) -> _Loaded | str:
-        # torch would wrap an error from a worker in its traceback as text: carry the message instead.
-        try:
-            return _fetch(self.dataset, slots, self.seed)
-        except DataError as error:
-            return str(error)
-
-
-class _Plan:
-    def __init__(self, plan: Iterator[Sequence[Slot]]) -> None:
-        self.plan = plan
-
-    def __iter__(self) -> Iterator[Sequence[Slot]]:
-        return self.plan
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _unwrap(loader: DataLoader[Any]) -> Iterator[_Loaded]:
-    for item in loader:
-        if isinstance(item, str):
-            raise DataError(item)
-        yield item
