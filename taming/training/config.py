@@ -51,6 +51,9 @@ class TrainingConfig(Config):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What becomes of a step in which a loss or a gradient is NaN or infinite, on any process: the run stops
     before the update, or the step is left out and counted."""
+    verify_processes_every: int | None = Field(None, gt=0)
+    """Compare the bits of all weights over processes every so many steps, and stop where they differ; for
+    debugging. null: never."""
     seed: int = 0
     workers: int = Field(0, ge=0)
     """Processes that read pictures, per training process."""

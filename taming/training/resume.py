@@ -29,6 +29,7 @@ FREE_KEYS = (
     "training.keep_checkpoints",
     "training.evaluation_pictures",
     "training.on_nonfinite",
+    "training.verify_processes_every",
     "data.cache",
     "data.cache_size",
     "data.skip_budget",
