@@ -11,11 +11,21 @@ import math
 import numpy as np
 from einops import rearrange
 
-from taming.data.picture import MAX_PIXELS, FileBytes, Source, read_picture, read_size, suffix_of
+from taming.data.picture import (
+    MAX_PIXELS,
+    FileBytes,
+    Source,
+    check_is_file,
+    read_picture,
+    read_size,
+    suffix_of,
+)
 from taming.data.transforms import Crop, crop_picture, crop_plane, needed_size
 from taming.errors import BadSample, DataError
 
 ARRAY_SUFFIX = ".npy"
+# How NumPy and `_array_of` say that there was less than there should be.
+_CUT_OFF = ("length is greater than file size", "shorter than", "EOF: reading")
 FILE_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 """What picture files can be read as."""
 
@@ -67,18 +77,23 @@ def file_mode(path: Source, channels: int) -> str:
 
 def _open_array(path: Source, channels: int, max_pixels: int) -> np.ndarray:
     """The array as it lies in its file, mapped, its header checked."""
+    check_is_file(path)
     try:
         if isinstance(path, FileBytes):
             array = _array_of(path.data)
         else:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise ValueError("it holds several arrays")
+    except (OSError, ValueError, EOFError, TypeError, RecursionError, MemoryError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        if isinstance(error, EOFError) or any(word in str(error) for word in _CUT_OFF):
+            reason = "truncated"
         raise BadSample(f"array {path} cannot be read: {error}; write it with numpy.save", reason) from None
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[0] != channels:
-        shape = getattr(array, "shape", "several arrays")
+    if array.ndim != 3 or array.shape[0] != channels:
         raise BadSample(
-            f"array {path} is {shape}, not (C, H, W) with {channels} channels; set data.channels, or "
+            f"array {path} is {array.shape}, not (C, H, W) with {channels} channels; set data.channels, or "
             "move the axis of the channels to the front",
             "mismatched",
         )

@@ -10,9 +10,10 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -69,6 +70,17 @@ Source = str | Path | FileBytes
 def suffix_of(source: Source) -> str:
     """The suffix of a file's name in small letters, with its dot."""
     return Path(str(source)).suffix.lower()
+
+
+def open_source(source: Source) -> BinaryIO:
+    """The bytes of a source as a file. Raises OSError."""
+    return io.BytesIO(source.data) if isinstance(source, FileBytes) else Path(source).open("rb")
+
+
+def check_is_file(source: Source) -> None:
+    """Raises BadSample for folders, pipes and devices: reading from those may never end."""
+    if not isinstance(source, FileBytes) and not Path(source).is_file() and Path(source).exists():
+        raise BadSample(f"{source} has the name of a picture and is no file; remove it", "unreadable")
 
 
 def read_picture(
@@ -188,8 +200,7 @@ def tile(images: Tensor, columns: int, pad: int = 2) -> Tensor:
 def _opened(path: Source, max_pixels: int) -> Iterator[Image.Image]:
     """Open a file by its header; whatever is wrong with it, then or on reading, becomes a BadSample."""
     try:
-        if not Path(path).is_file() and Path(path).exists():
-            raise OSError("it is not a file")  # reading from a pipe would wait for ever
+        check_is_file(path)
         with _open_unlimited(path) as image:
             if image.width * image.height > max_pixels:
                 raise BadSample(
@@ -206,14 +217,12 @@ def _opened(path: Source, max_pixels: int) -> Iterator[Image.Image]:
         raise _refusal(path, error) from None
 
 
-def _refusal(path: str | Path, error: Exception) -> BadSample:
+def _refusal(path: Source, error: Exception) -> BadSample:
     """What is said of a file that Pillow could not read."""
-    path = Path(path)
-    if not path.is_file():
-        return BadSample(f"picture {path} is not a file; remove it", "unreadable")
-    if not path.stat().st_size:
-        return BadSample(f"picture {path} is empty; replace it or remove it", "truncated")
-    with path.open("rb") as file:
+    fault = None
+    with suppress(OSError), open_source(path) as file:
+        if not file.read(1):
+            return BadSample(f"picture {path} is empty; replace it or remove it", "truncated")
         fault = png_fault(file)
     if fault is not None:
         what = "is cut off" if fault == "truncated" else "is damaged: a checksum in it is wrong"

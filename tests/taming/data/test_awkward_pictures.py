@@ -16,9 +16,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from taming.config import build_config
+from taming.data.channels import read_pixels
 from taming.data.check import check_data
 from taming.data.config import FolderDataConfig
-from taming.data.picture import read_picture, read_size
+from taming.data.picture import FileBytes, read_picture, read_size
 from taming.errors import BadSample
 from tests.taming.data.picture_files import (
     COLOUR,
@@ -417,3 +418,42 @@ def test_a_check_finds_all_that_is_wrong_and_nothing_else(tmp_path: Path) -> Non
     assert ("large.png", "too large") in headers
     assert ("page.jpg", "unreadable") in headers
     assert ("flipped.png", "checksum") not in headers
+
+
+def test_arrays_that_are_none(tmp_path: Path) -> None:
+    whole = BytesIO()
+    np.save(whole, RGB.transpose(2, 0, 1))
+    objects = BytesIO()
+    np.save(objects, np.array([[["x"]]] * 3, dtype=object), allow_pickle=True)
+    several = BytesIO()
+    np.savez(several, RGB)
+    deep = b"-" * 9000 + b"1\n"
+    cases = {
+        "cut": (whole.getvalue()[:-9], "truncated"),
+        "cut header": (whole.getvalue()[:50], "truncated"),
+        "empty": (b"", "truncated"),
+        "objects": (objects.getvalue(), "unreadable"),
+        "pickle": (b"\x80\x04cos\nsystem\n.", "unreadable"),
+        "deep": (b"\x93NUMPY\x01\x00" + struct.pack("<H", len(deep)) + deep, "unreadable"),
+        "rows": (whole.getvalue().replace(b"(3, 5, 7)", b"(5, 3, 7)"), "mismatched"),
+        "several": (several.getvalue(), "unreadable"),
+        "huge": (whole.getvalue().replace(b"(3, 5, 7), ", b"(3,9**9,9)"), "unreadable"),
+    }
+    for name, (data, _) in cases.items():
+        (tmp_path / f"{name}.npy").write_bytes(data)
+    (tmp_path / "right.npy").write_bytes(whole.getvalue())
+    os.mkfifo(tmp_path / "pipe.npy")
+    config = build_config(FolderDataConfig, {"root": tmp_path, "size": 1})
+    found = {f.path.stem: f.reason for f in check_data(config)}
+    assert found == {"pipe": "unreadable"} | {name: reason for name, (_, reason) in cases.items()}
+    for name, (data, reason) in cases.items():
+        with pytest.raises(BadSample) as caught:
+            read_pixels(FileBytes(f"{name}.npy", data), 3)
+        assert caught.value.reason == reason, name
+
+
+def test_what_comes_from_a_shard_is_refused_in_the_same_words(tmp_path: Path) -> None:
+    for case in bad_pictures():
+        with pytest.raises(BadSample) as caught:
+            read_picture(FileBytes(case.name, case.data))
+        assert caught.value.reason == case.reason
