@@ -21,12 +21,12 @@ from taming.data.captions import read_captions
 from taming.data.channels import ARRAY_SUFFIX, read_pixel_size
 from taming.data.config import FolderDataConfig
 from taming.data.dataset import Split
+from taming.data.left_out import LeftOut, attempt
 from taming.data.picture import SUFFIXES, read_labels, read_size
 from taming.data.scenes import SceneObject
-from taming.data.stored import MAP_KINDS, MapKind, Stored, StoredDataset
-from taming.errors import DataError
+from taming.data.stored import MAP_KINDS, MapKind, Stored, StoredDataset, held_out
+from taming.errors import BadSample, DataError
 
-_T = TypeVar("_T")
 _R = TypeVar("_R")
 _ASPECT_TOLERANCE = 0.02  # maps may be stored at another resolution, rounded to whole pixels
 
@@ -45,7 +45,10 @@ class Entry:
 
 
 class FolderDataset(StoredDataset):
-    """Pictures of a folder. Raises DataError for whatever is wrong with it, and says the way out."""
+    """Pictures of a folder. Raises DataError for whatever is wrong with it, and says the way out.
+
+    Single pictures that cannot be used, or have no map, are left out within `skip_budget`; `notes` says so.
+    """
 
     def __init__(self, config: FolderDataConfig, split: Split) -> None:
         self.config = config
@@ -54,11 +57,12 @@ class FolderDataset(StoredDataset):
         self.skip_budget = config.skip_budget
         self.folder = picture_folder(config)
         entries = _scan_pictures(self.folder)
-        for kind in map_kinds(config):
-            entries = _pair(entries, config, kind, self.folder)
+        left_out = LeftOut(config.root.expanduser(), len(entries), config.skip_budget)
         self.class_names: list[str] = []
         if config.class_labels:
             entries, self.class_names = _label_classes(entries, self.folder)
+        for kind in map_kinds(config):
+            entries = _pair(entries, config, kind, self.folder, left_out)
         self.objects: dict[str, list[SceneObject]] | None = None
         self.captions: dict[str, tuple[str, ...]] | None = None
         # Before the splits part, so that a file that is wrong about either of them is found at once.
@@ -66,18 +70,19 @@ class FolderDataset(StoredDataset):
         if config.objects is not None:
             annotations = read_annotations(root / config.objects, keys, crowds=config.crowds)
             self.objects, self.object_names = annotations.objects, annotations.names
-            left_out = [f"{count} {what}" for what, count in annotations.skipped.items() if count]
-            if left_out:
-                self.notes = [f"left out of {root / config.objects}: {', '.join(left_out)}"]
+            unused = [f"{count} {what}" for what, count in annotations.skipped.items() if count]
+            if unused:
+                self.notes = [f"left out of {root / config.objects}: {', '.join(unused)}"]
         if config.text is not None:
             self.captions = read_captions(root / config.text, keys)
-        held_out = _held_out(entries, config.validation_fraction)
-        entries = [entry for entry in entries if (entry.key in held_out) == (split == "validation")]
-        self.entries = _check_sizes(entries, config)
+        apart = held_out(keys, config.validation_fraction)
+        entries = [entry for entry in entries if (entry.key in apart) == (split == "validation")]
+        self.entries = _check_sizes(entries, config, left_out)
         self.num_labels = 0
         if config.num_labels is not None and config.segmentation is not None:
             self.num_labels = config.num_labels
-            _check_labels(self.entries, config)
+            self.entries = _check_labels(self.entries, config, left_out)
+        self.notes = [*self.notes, *left_out.notes()]
         names = {"image", "crop", "key", *map_kinds(config)} | ({"label"} if config.class_labels else set())
         told = {"objects": self.objects, "text": self.captions}
         self.provides = frozenset(names | {name for name, value in told.items() if value is not None})
@@ -211,7 +216,9 @@ def _scan_pictures(folder: Path) -> list[Entry]:
     return entries
 
 
-def _pair(entries: Sequence[Entry], config: FolderDataConfig, kind: MapKind, pictures: Path) -> list[Entry]:
+def _pair(
+    entries: Sequence[Entry], config: FolderDataConfig, kind: MapKind, pictures: Path, left_out: LeftOut
+) -> list[Entry]:
     name = getattr(config, kind)
     folder = config.root.expanduser() / name
     if not folder.is_dir():
@@ -226,9 +233,11 @@ def _pair(entries: Sequence[Entry], config: FolderDataConfig, kind: MapKind, pic
         maps[key] = path
     missing = [entry for entry in entries if entry.key not in maps]
     if missing:
-        raise DataError(
+        left_out.add(
+            "missing",
+            len(missing),
             f"picture {missing[0].path} has no map in {folder} (looked for {missing[0].key}.*)"
-            f"{_more(missing)}; add the map, remove the picture, or unset data.{kind}"
+            f"{_more(missing)}; add the map, remove the picture, or unset data.{kind}",
         )
     surplus = sorted(set(maps) - {entry.key for entry in entries})
     if surplus:
@@ -236,7 +245,9 @@ def _pair(entries: Sequence[Entry], config: FolderDataConfig, kind: MapKind, pic
             f"map {maps[surplus[0]]} has no picture in {pictures} (looked for {surplus[0]}.*)"
             f"{_more(surplus)}; add the picture or remove the map"
         )
-    return [replace(entry, maps={**entry.maps, kind: maps[entry.key]}) for entry in entries]
+    return [
+        replace(entry, maps={**entry.maps, kind: maps[entry.key]}) for entry in entries if entry.key in maps
+    ]
 
 
 def _label_classes(entries: Sequence[Entry], folder: Path) -> tuple[list[Entry], list[str]]:
@@ -251,47 +262,46 @@ def _label_classes(entries: Sequence[Entry], folder: Path) -> tuple[list[Entry],
     return [replace(entry, label=numbers[entry.key.split("/")[0]]) for entry in entries], names
 
 
-def _held_out(entries: Sequence[Entry], fraction: float) -> set[str]:
-    """Keys of the validation split: those whose name's hash lies below the fraction.
+def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig, left_out: LeftOut) -> list[Entry]:
+    """Read all headers; returns the entries that can be used, with their sizes."""
 
-    A picture stays where it is when others come or go. Where there is a choice, each split has one.
-    """
-    if fraction == 0 or len(entries) < 2:
-        return set()
-    places = {
-        entry.key: int.from_bytes(hashlib.sha256(entry.key.encode()).digest()[:8], "big") / 2**64
-        for entry in entries
-    }
-    order = sorted(places, key=lambda key: (places[key], key))
-    below = sum(place < fraction for place in places.values())
-    return set(order[: min(max(below, 1), len(order) - 1)])
+    def size_of(entry: Entry) -> tuple[int, int]:
+        return read_pixel_size(entry.path, config.channels, max_pixels=config.max_pixels)
 
-
-def _check_sizes(entries: Sequence[Entry], config: FolderDataConfig) -> list[Entry]:
-    """Read all headers; returns the entries with their sizes."""
-    limit = config.max_pixels
-    channels = config.channels
-    sizes = _in_threads(lambda entry: read_pixel_size(entry.path, channels, max_pixels=limit), entries)
+    entries, sizes = left_out.sift(entries, _in_threads(size_of, entries))
     measured = [replace(entry, size=size) for entry, size in zip(entries, sizes, strict=True)]
-    height, width = config.height_width
-    small = [entry for entry in measured if entry.size[0] < height or entry.size[1] < width]
-    if small and not config.upscale:
-        least = min(min(entry.size) for entry in measured)
-        first = small[0]
-        raise DataError(
-            f"picture {first.path} is {first.size[1]}x{first.size[0]}, smaller than the crop {width}x{height}"
-            f"{_more(small)}; set data.upscale=true, or data.size={least}, or remove it"
-        )
+    if not config.upscale:
+        measured = _large_enough(measured, config, left_out)
     for kind in map_kinds(config):
-        paths = [entry.maps[kind] for entry in measured]
-        map_sizes = _in_threads(partial(map_size, config=config, kind=kind), paths)
-        for entry, size in zip(measured, map_sizes, strict=True):
+
+        def map_size_of(entry: Entry, kind: MapKind = kind) -> tuple[int, int]:
+            path = entry.maps[kind]
+            size = map_size(path, config, kind)
             if not same_aspect(entry.size, size):
-                raise DataError(
-                    f"map {entry.maps[kind]} is {size[1]}x{size[0]}, but its picture {entry.path} is"
-                    f" {entry.size[1]}x{entry.size[0]}: the aspects differ; make the map cover the same view"
+                raise BadSample(
+                    f"map {path} is {size[1]}x{size[0]}, but its picture {entry.path} is"
+                    f" {entry.size[1]}x{entry.size[0]}: the aspects differ; make the map cover the same view",
+                    "mismatched",
                 )
+            return size
+
+        measured, _ = left_out.sift(measured, _in_threads(map_size_of, measured))
     return measured
+
+
+def _large_enough(entries: Sequence[Entry], config: FolderDataConfig, left_out: LeftOut) -> list[Entry]:
+    height, width = config.height_width
+    small = [entry for entry in entries if entry.size[0] < height or entry.size[1] < width]
+    if small:
+        least, first = min(min(entry.size) for entry in small), small[0]
+        left_out.add(
+            "mismatched",
+            len(small),
+            f"picture {first.path} is {first.size[1]}x{first.size[0]}, smaller than the crop {width}x{height}"
+            f"{_more(small)}; set data.upscale=true, or data.size={least}, or remove it",
+        )
+    out = {entry.key for entry in small}
+    return [entry for entry in entries if entry.key not in out]
 
 
 def map_size(path: Path, config: FolderDataConfig, kind: MapKind) -> tuple[int, int]:
@@ -310,30 +320,36 @@ def same_aspect(picture: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(height - other[0]) <= max(1.0, _ASPECT_TOLERANCE * other[0])
 
 
-def _check_labels(entries: Sequence[Entry], config: FolderDataConfig) -> None:
-    assert config.num_labels is not None
+def _check_labels(entries: Sequence[Entry], config: FolderDataConfig, left_out: LeftOut) -> list[Entry]:
+    """Read all label maps in full; returns the entries that can be used."""
+    num_labels = config.num_labels
+    assert num_labels is not None
 
     def extremes(entry: Entry) -> tuple[int, int]:
         labels = read_labels(entry.maps["segmentation"], max_pixels=config.max_pixels)
         return int(labels.min()), int(labels.max())
 
-    found = _in_threads(extremes, entries)
-    most = max((highest for _, highest in found), default=0)
-    for entry, (lowest, highest) in zip(entries, found, strict=True):
-        path = entry.maps["segmentation"]
+    entries, found = left_out.sift(entries, _in_threads(extremes, entries))
+    wrong = [n for n, (lowest, highest) in enumerate(found) if lowest < 0 or highest >= num_labels]
+    if wrong:
+        path, (lowest, highest) = entries[wrong[0]].maps["segmentation"], found[wrong[0]]
+        most = max(highest for _, highest in found)
         if lowest < 0:
-            raise DataError(f"map {path} holds label {lowest}; labels lie in [0, {config.num_labels})")
-        if highest >= config.num_labels:
-            raise DataError(
-                f"map {path} holds label {highest}, but data.num_labels is {config.num_labels};"
-                f" set data.num_labels={most + 1}, or give such pixels a label below {config.num_labels}"
+            text = f"map {path} holds label {lowest}; labels lie in [0, {num_labels})"
+        else:
+            text = (
+                f"map {path} holds label {highest}, but data.num_labels is {num_labels};"
+                f" set data.num_labels={most + 1}, or give such pixels a label below {num_labels}"
             )
+        left_out.add("mismatched", len(wrong), text)
+    out = set(wrong)
+    return [entry for n, entry in enumerate(entries) if n not in out]
 
 
-def _in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+def _in_threads(function: Callable[[Entry], _R], entries: Iterable[Entry]) -> list[_R | BadSample]:
     # Pillow lets go of the interpreter while it decodes, and headers wait for the disk.
     with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-        return list(pool.map(function, items))
+        return list(pool.map(lambda entry: attempt(partial(function, entry)), entries))
 
 
 def _more(items: Sequence[Any]) -> str:

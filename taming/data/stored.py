@@ -5,6 +5,7 @@ Axes: C channels, H W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,3 +94,16 @@ class StoredDataset(PictureDataset):
     def _read(self, source: Source, channels: int, crop: Crop) -> torch.Tensor:
         limit = self.config.max_pixels
         return torch.from_numpy(read_pixels(source, channels, crop=crop, size=self.size, max_pixels=limit))
+
+
+def held_out(keys: Sequence[str], fraction: float) -> set[str]:
+    """Keys of the validation split: those whose hash lies below the fraction.
+
+    A picture stays where it is when others come or go. Where there is a choice, each split has one.
+    """
+    if fraction == 0 or len(keys) < 2:
+        return set()
+    places = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
+    order = sorted(places, key=lambda key: (places[key], key))
+    below = sum(place < fraction for place in places.values())
+    return set(order[: min(max(below, 1), len(order) - 1)])

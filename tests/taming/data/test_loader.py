@@ -156,7 +156,8 @@ def test_a_step_far_away_is_reached_at_once() -> None:
 def test_a_picture_that_goes_bad_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
     for n in range(4):
         Image.new("RGB", (16, 16), (n, n, n)).save(tmp_path / f"{n}.png")
-    dataset = open_dataset(FolderDataConfig(root=tmp_path, size=16, validation_fraction=0), "train")
+    config = FolderDataConfig(root=tmp_path, size=16, validation_fraction=0, skip_budget=0)
+    dataset = open_dataset(config, "train")
     (tmp_path / "2.png").write_bytes(b"not a picture any more")
     with pytest.raises(DataError, match=r"2\.png") as error:
         for _ in islice(train_batches(dataset, batch_size=4, seed=0, workers=workers), 2):
