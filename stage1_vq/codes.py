@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
+from taming.atomic import write_text
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
 from taming.data.picture import to_uint8
+from taming.disk import room_for
 from taming.errors import DataError, UserError
+from taming.tensor_file import write_tensors
 
 FORMAT = "taming-codes/1"
 INDEX = "index.json"
@@ -94,7 +97,8 @@ def write_codes(
             rows = range(start, min(start + shard_size, len(dataset)))
             tensors, entry = _encode_rows(model, dataset, rows, views, keep, batch_size, device, progress)
             entry["file"] = f"{split}-{number:05d}.safetensors"
-            save_file(tensors, folder / entry["file"])
+            with room_for("codes", folder):
+                write_tensors(folder / entry["file"], tensors)
             splits[split].append(entry)
     reference = next(iter(datasets.values()))
     factor = model.spec.downsample_factor
@@ -113,7 +117,8 @@ def write_codes(
     )
     model.save_pretrained(folder / "tokenizer")
     # Last, so that a folder with an index is whole.
-    (folder / INDEX).write_text(json.dumps({"format": FORMAT, **vars(index)}, indent=1), encoding="utf-8")
+    with room_for("codes", folder):
+        write_text(folder / INDEX, json.dumps({"format": FORMAT, **vars(index)}, indent=1))
     return index
 
 

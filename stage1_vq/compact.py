@@ -23,11 +23,14 @@ from torch import Tensor
 from stage1_vq.codes import FORMAT, INDEX, CodeIndex, read_index, read_shards
 from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
+from taming.atomic import write_text
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches
+from taming.disk import room_for
 from taming.errors import ArtifactError, DataError, UserError
 from taming.metrics.codebook import count_codes
+from taming.tensor_file import write_tensors
 
 CODE_MAP = "code_map.safetensors"
 FEWER_CODES = {
@@ -167,12 +170,13 @@ def rewrite_codes(source: Path, target: Path, model: VQModel, code_map: CodeMap)
     for split in ("train", "validation"):
         for tensors, entry in read_shards(source, index, split):
             tensors["codes"] = code_map.codes(tensors["codes"]).int()
-            save_file(tensors, target / entry["file"])
+            with room_for("codes", target):
+                write_tensors(target / entry["file"], tensors)
     values = vars(index) | {
         "tokenizer_hash": model.codes_hash(),
         "codebook_size": model.spec.codebook_size,
     }
     model.save_pretrained(target / "tokenizer")
     # Last, so that a folder with an index is whole.
-    (target / INDEX).write_text(json.dumps({"format": FORMAT, **values}, indent=1), encoding="utf-8")
+    write_text(target / INDEX, json.dumps({"format": FORMAT, **values}, indent=1))
     return CodeIndex(**values)

@@ -18,11 +18,14 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from taming.atomic import standing, whole_file, write_text
 from taming.config import Config
+from taming.disk import NO_ROOM, full_disk
 from taming.errors import ArtifactError
+from taming.tensor_file import tensor_bytes, write_tensors
 
 FORMAT = 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -39,27 +42,26 @@ def save_artifact(
     """Write a model of `kind` into `folder`, which is made where it is missing.
 
     `facts` are plain values for other readers (downsample factor, pixel range): nothing reads them back.
-    The weights are written first, so that a folder with a config.json is whole. Raises ArtifactError where
-    the disk does not take it.
+    Each file is replaced whole, the weights first, so that a folder with a config.json is whole; what else
+    is in the folder stays. Raises FaultError where the disk is full, ArtifactError where it cannot be
+    written for another reason.
     """
     folder = Path(folder)
-    # Copies: safetensors refuses tensors that share memory, or that lie channels last.
-    state = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in modules_state.items()
-    }
     description = {
         "kind": kind,
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
         "facts": dict(facts or {}),
-        "content_hash": content_hash(state),
+        "content_hash": content_hash(modules_state),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        with whole_file(folder / WEIGHTS_NAME) as aside:
+            write_tensors(aside, modules_state, metadata={"format": "pt"})
+        write_text(folder / CONFIG_NAME, json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise full_disk(error, "model", folder, tensor_bytes(modules_state)) from error
         raise ArtifactError(f"{folder} cannot be written ({error}); choose another folder") from error
 
 
@@ -138,9 +140,9 @@ def content_hash(state: Mapping[str, Tensor]) -> str:
 
 def find_artifact(source: str | Path, subfolder: str = "") -> Path:
     """The folder with a saved model's files: `source`, the model of the run `source`, or a hub download."""
-    folder = Path(source)
+    folder = standing(Path(source))
     if folder.is_dir():
-        for candidate in (folder / subfolder, folder / "model" / subfolder):
+        for candidate in (folder / subfolder, standing(folder / "model") / subfolder):
             if (candidate / CONFIG_NAME).is_file():
                 return candidate
         raise ArtifactError(

@@ -22,17 +22,24 @@ TEMPORARY, REPLACED, REMOVING = ".tmp", ".old", ".removing"
 """Ends of the names beside a folder's own."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; one that is there stays as it was until then. Raises OSError."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write a file at, which becomes `path` when the block ends; until then that stays."""
     aside = _beside(path, TEMPORARY)
     try:
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         sync(aside)
         os.replace(aside, path)
-    except OSError:
+    except Exception:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all. Raises OSError."""
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from taming.atomic import write_text
 from taming.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
@@ -65,10 +66,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config, defaults included, as YAML that `load_config` reads back."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    """Write the resolved config, defaults included, whole, as YAML that `load_config` reads back."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def shipped_configs(group: str) -> dict[str, Path]:

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taming.atomic import REMOVING, REPLACED, TEMPORARY, put_in_place, remove_folder, sync
+from taming.disk import full_disk
 from taming.errors import ArtifactError, FaultError
 from taming.tensor_file import Written, tensor_bytes, write_tensors
 from taming.training.agreement import Agreement
-from taming.training.disk import folder_bytes, free_bytes, full_disk
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 MODULES, OPTIMIZERS = "modules.safetensors", "optimizers.safetensors"
@@ -346,8 +346,8 @@ def _or_full_disk(stage: Callable[[], None], final: Path, needed: int) -> None:
     try:
         stage()
     except OSError as error:
-        there = folder_bytes(final.with_name(final.name + TEMPORARY))  # of it, to be removed
-        raise full_disk(error, "checkpoint", final, needed, free_bytes(final) + there) from error
+        partial = final.with_name(final.name + TEMPORARY)
+        raise full_disk(error, "checkpoint", final, needed, partial=partial) from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

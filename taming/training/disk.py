@@ -1,16 +1,15 @@
-"""The disk that a run needs: foreseen at its start, and what is said where it is full all the same."""
+"""The room that a run will need on its disk, foreseen at its start."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
 
-from taming.errors import FaultError, UserError
+from taming.disk import folder_bytes, free_bytes
+from taming.errors import UserError
 from taming.tensor_file import tensor_bytes
 from taming.training.memory import format_bytes
 
@@ -47,27 +46,3 @@ def checkpoint_bytes(modules: Mapping[str, nn.Module], optimizers: Mapping[str, 
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         total += ADAM_MOMENTS * sum(p.numel() * p.element_size() for p in parameters)
     return total
-
-
-def full_disk(error: OSError, what: str, path: Path, needed: int, free: int) -> FaultError:
-    """What is said where `what`, of `needed` bytes, cannot be written at `path`, where `free` are left."""
-    return FaultError(
-        f"{what} {path} was not written ({error.strerror or error}): it needs {format_bytes(needed)}, and "
-        f"{format_bytes(free)} are free there; free some space and go on with --resume auto, or go on "
-        "elsewhere with -o training.output=DIR --resume CHECKPOINT; what was saved before is whole"
-    )
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that a user may still write on the disk of `path`, which need not be there yet."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 where there is none."""
-    return sum(
-        os.path.getsize(os.path.join(place, name)) for place, _, files in os.walk(folder) for name in files
-    )
