@@ -31,9 +31,18 @@ from taming.collective import mean_over_processes, sum_over_processes
 from taming.data.batch import to_device
 from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
-from taming.errors import UserError
+from taming.errors import ConfigError, UserError
+from taming.training.distributed import launch_notes
 from taming.training.ema import Ema
 from taming.training.schedule import learning_rate, set_learning_rate
+from taming.training.sharded import (
+    WholeCopy,
+    shard,
+    shard_like,
+    whole_state_of,
+    whole_state_of_optimizer,
+)
+from taming.training.sharding import Sharding, read_sharding
 from taming.types import Batch
 
 
@@ -93,11 +102,21 @@ class ARTask:
         self.watch: MemorisationWatch | None = None
         if probe is not None and config.memorisation is not None:
             self.watch = MemorisationWatch(config.memorisation)
+        self.whole: WholeCopy | None = None
+        """Where the weights are sharded: those that are evaluated, in one piece."""
         self._step = 0
 
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
-        """Move to the device, wrap for several processes, build the optimisers."""
+        """Move to the device, wrap for several processes or shard, build the optimisers.
+
+        Raises ConfigError for what does not go with the launcher's sharding.
+        """
         self.accelerator, self.total_steps = accelerator, total_steps
+        self._notes += launch_notes(self.config.training.precision)
+        sharding = read_sharding()
+        if sharding is not None and accelerator.num_processes > 1:
+            self._shard(sharding)
+            return
         for module in (self.tokenizer, self.model, self.ema):
             if module is not None:
                 module.to(accelerator.device)
@@ -109,6 +128,35 @@ class ARTask:
         shell = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
         self._loss: nn.Module = accelerator.prepare_model(shell)
         self._optimizers = transformer_optimizers(self.model, self.config.optimizer)
+
+    def _shard(self, sharding: Sharding) -> None:
+        """`prepare` with weights, averages and optimiser states spread over all processes."""
+        check_sharding(self.config)
+        device, average = self.accelerator.device, self.ema
+        self.whole = WholeCopy(self.model, device)
+        self.tokenizer.to(device)
+        self.model.transformer.recompute = self.config.recompute or sharding.recompute
+        # Weights go to the device a block at a time: all of them at once need not fit.
+        self._loss = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
+        bf16 = self.accelerator.mixed_precision == "bf16" and device.type == "cuda"
+        shard(
+            self._loss,
+            self.model.transformer.blocks,
+            sharding,
+            device,
+            block_dtype=torch.bfloat16 if bf16 else None,
+        )
+        evaluated: nn.Module = self.model
+        if average is not None:
+            shard_like(average.module, self.model)
+            average.n_averaged.data = average.n_averaged.to(device)
+            evaluated = average.module
+            whole_state_of(evaluated)
+        whole_state_of(self.model)
+        self.whole.follow(evaluated)
+        self._optimizers = transformer_optimizers(self.model, self.config.optimizer)
+        for optimizer in self._optimizers.values():
+            whole_state_of_optimizer(optimizer)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update; returns the loss in nats (with smoothing) and bits a code, equal on all processes.
@@ -147,6 +195,8 @@ class ARTask:
         if self.ema is not None:
             self.ema.update(self.model)
         self._step = step + 1
+        if self.whole is not None and self._preview_follows():
+            self.whole.take(self._averaged())
         return {"loss": sums[0], "bits_per_code": sums[1] / math.log(2)}
 
     def _random_orders(self, codes: Tensor, batch: Batch, step: int) -> Tensor | None:
@@ -164,6 +214,12 @@ class ARTask:
         With a probe also train_bits_per_code; where the best weights are kept, best_bits_per_code and their
         best_step. In the model's own order.
         """
+        if self.whole is None:
+            return self._evaluate(batches)
+        with self.whole.everywhere(self._averaged()):
+            return self._evaluate(batches)
+
+    def _evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         model = self._evaluated()
         loss, accuracy = self._measure(model, batches)
         figures = {"loss": loss, "bits_per_code": loss / math.log(2), "accuracy": accuracy}
@@ -212,6 +268,12 @@ class ARTask:
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:
         """A row of each condition that is a picture, pictures as the tokenizer paints them, and samples."""
+        if self.whole is None:
+            return self._preview(batch)
+        with self.whole.on_device():
+            return self._preview(batch)
+
+    def _preview(self, batch: Batch) -> Tensor:
         model, codes = self._evaluated(), self._codes(batch)
         grid = (codes.shape[1], codes.shape[2])
         prefix = model.condition({**batch, "codes": codes}, grid)
@@ -250,9 +312,31 @@ class ARTask:
         return codes_of(self.tokenizer, batch)
 
     def _evaluated(self) -> ARModel:
-        model = self.model if self.ema is None else self.ema.module
+        """What is evaluated, sampled from and saved."""
+        model = self._averaged() if self.whole is None else self.whole.module
         assert isinstance(model, ARModel)
         return model.eval()
+
+    def _averaged(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def _preview_follows(self) -> bool:
+        """Whether the loop draws a preview after this step, which the main process does alone."""
+        return self._step % self.config.training.preview_every == 0 or self._step == self.total_steps
+
+
+def check_sharding(config: ARTrainConfig) -> None:
+    """Raises ConfigError for what sharded weights are not trained with."""
+    if config.optimizer.method == "muon":
+        raise ConfigError(
+            "optimizer.method muon needs whole matrices, and FSDP shards them; use optimizer.method=adam, or "
+            "distributed_type MULTI_GPU in Accelerate's config"
+        )
+    if config.compile:
+        raise ConfigError(
+            "compile does not go with FSDP; set compile=false, or distributed_type MULTI_GPU in Accelerate's "
+            "config"
+        )
 
 
 class _Loss(nn.Module):

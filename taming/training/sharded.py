@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.optim import Optimizer
 
 from taming.collective import world_size
 from taming.training.sharding import Sharding
+
+_GATHERS = ContextVar("gathers", default=True)
 
 
 def shard(
@@ -83,8 +86,8 @@ def whole_state_of(module: nn.Module) -> None:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     def gather(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in state:
-            if name.startswith(prefix):
+        if _GATHERS.get():
+            for name in [name for name in state if name.startswith(prefix)]:
                 state[name] = whole(state[name])
 
     def spread(owner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -97,6 +100,15 @@ def whole_state_of(module: nn.Module) -> None:
 
     module.register_state_dict_post_hook(gather)
     module.register_load_state_dict_pre_hook(spread)
+
+
+def state_in_parts(module: nn.Module) -> dict[str, Any]:
+    """The state dict of `module` with sharded weights as DTensors, whose shapes are whole; no exchange."""
+    token = _GATHERS.set(False)
+    try:
+        return module.state_dict()
+    finally:
+        _GATHERS.reset(token)
 
 
 def whole_state_of_optimizer(optimizer: Optimizer) -> None:
@@ -160,7 +172,7 @@ class WholeCopy:
         """Take over the weights of the sharded `source` whenever its whole state is asked for."""
 
         def take(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            if self._keep:
+            if self._keep and _GATHERS.get():
                 for name, _ in list(self.module.named_parameters()):
                     _replace(self.module, name, state[prefix + name])
 
