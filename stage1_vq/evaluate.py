@@ -18,7 +18,7 @@ from stage1_vq.inputs import model_input, restored
 from stage1_vq.model import VQModel
 from stage1_vq.tiling import decode, encode
 from taming.data.batch import to_device
-from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.data.config import DataConfig, ScenesDataConfig
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches
 from taming.errors import UserError
@@ -84,9 +84,7 @@ def evaluate_tokenizer(
     return Evaluation({**means, "pictures": len(keys)}, keys, rows)
 
 
-def protocol(
-    data: FolderDataConfig | ScenesDataConfig, model: VQModelConfig, split: str, *, lpips: bool, fid: bool
-) -> dict[str, Any]:
+def protocol(data: DataConfig, model: VQModelConfig, split: str, *, lpips: bool, fid: bool) -> dict[str, Any]:
     """How pictures were measured: figures that differ in any of these cannot be compared."""
     filter_name = {"segmentation": "nearest", "depth": "bilinear, antialiased"}.get(
         model.input, "bicubic, antialiased"

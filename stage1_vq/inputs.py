@@ -22,11 +22,11 @@ from torch import Tensor
 from stage1_vq.config import InputKind, VQModelConfig
 from taming.data.batch import collate, to_device
 from taming.data.channels import read_pixels
-from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.data.config import DataConfig
 from taming.data.edges import canny
 from taming.data.label_colours import paint_labels
 from taming.data.picture import read_depth, read_labels
-from taming.data.source import data_from
+from taming.data.source import data_from, is_pack
 from taming.errors import DataError, UserError
 from taming.types import Batch
 
@@ -105,7 +105,7 @@ def check_input(config: VQModelConfig, gives: Mapping[str, int]) -> None:
 
 def data_for(
     config: VQModelConfig, source: str, *, size: tuple[int, int] | int, overrides: Sequence[str] = ()
-) -> FolderDataConfig | ScenesDataConfig:
+) -> DataConfig:
     """The data that a user means by `source` (see taming.data.source.data_from) for a tokenizer.
 
     A plain folder is read as what the tokenizer was trained on: with its channels, and, where there are no
@@ -114,7 +114,10 @@ def data_for(
     """
     root, key = Path(source), source_key(config.input)
     values: dict[str, Any] = {}
-    if root.is_dir():
+    if is_pack(source):
+        if config.input in ("image", "condition_image"):
+            values["channels" if key == "image" else "condition_channels"] = config.in_channels
+    elif root.is_dir():
         if key == "image":
             values["channels"] = config.in_channels if config.input == "image" else 3
         else:

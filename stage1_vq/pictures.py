@@ -14,7 +14,7 @@ from stage1_vq.inputs import as_picture, data_for, model_input, read_input, sour
 from taming.data.batch import to_device
 from taming.data.folder import list_pictures
 from taming.data.picture import save_grey, save_png
-from taming.data.source import open_split
+from taming.data.source import is_pack, open_split
 
 
 def numbered_inputs(
@@ -26,7 +26,7 @@ def numbered_inputs(
     size where `size` is None, cropped about the centre to whole cells. Raises UserError.
     """
     folder = Path(source)
-    if size is None and folder.is_dir() and not overrides:
+    if size is None and folder.is_dir() and not overrides and not is_pack(source):
         key = source_key(config.input)
         inner = folder / ("images" if key == "image" else key)
         folder = inner if inner.is_dir() else folder

@@ -11,11 +11,12 @@ from stage2_ar.conditions.config import ConditionConfig, NoConditionConfig
 from stage2_ar.order import OrderConfig
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig, TransformerConfig
 from taming.config import Config
-from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.data.config import FolderDataConfig, ScenesDataConfig, ShardsDataConfig
 from taming.training.config import OptimizerConfig, TrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+MAX_CELLS = 2**22
 
 
 class ARModelConfig(Config):
@@ -33,6 +34,13 @@ class ARModelConfig(Config):
     """`VQModel.codes_hash` of the tokenizer: no other is accepted, but one with another decoder."""
     any_order: bool = False
     """Trained with random orders up to its last step: it can write in any order, not only in `order`."""
+
+    @model_validator(mode="after")
+    def _grid_is_one_of_pictures(self) -> Self:
+        # It is the size that a sample has by default, and a file that a stranger made says it.
+        if self.grid[0] * self.grid[1] > MAX_CELLS:
+            raise ValueError(f"grid {self.grid[0]}x{self.grid[1]} has more than {MAX_CELLS} cells")
+        return self
 
 
 class CodesDataConfig(Config):
@@ -97,7 +105,9 @@ class ARTrainConfig(Config):
 
     description: str = ""
     """One line for `taming ar configs`."""
-    data: Annotated[CodesDataConfig | FolderDataConfig | ScenesDataConfig, Field(discriminator="kind")]
+    data: Annotated[
+        CodesDataConfig | FolderDataConfig | ShardsDataConfig | ScenesDataConfig, Field(discriminator="kind")
+    ]
     tokenizer: str | None = None
     """A saved tokenizer: folder, run or hub id. None with data.kind=codes: the one that made the codes."""
     transformer: Annotated[GPTConfig | LlamaConfig, Field(discriminator="kind")] = LlamaConfig()

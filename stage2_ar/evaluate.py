@@ -16,7 +16,7 @@ from stage2_ar.transformer import code_log_likelihood
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset
 from taming.data.loader import evaluation_batches
-from taming.data.source import AllSplits, data_from, open_split
+from taming.data.source import AllSplits, data_from, is_pack, open_split
 from taming.errors import UserError
 from taming.metrics.adherence import Prototypes, adherence
 
@@ -27,7 +27,7 @@ def open_data(pipe: ARPipeline, source: str, split: str, *, overrides: Sequence[
     Raises UserError; for codes of another tokenizer too.
     """
     config = pipe.model.config
-    if not (Path(source) / INDEX).is_file():
+    if is_pack(source) or not (Path(source) / INDEX).is_file():
         trained = config.grid[0] * config.downsample_factor, config.grid[1] * config.downsample_factor
         return open_split(data_from(source, size=trained, overrides=overrides), split)
     if overrides:

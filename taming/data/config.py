@@ -1,13 +1,16 @@
-"""Where pictures come from: a folder, or the built-in scenes."""
+"""Where pictures come from: a folder, shards, or the built-in scenes."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from taming.config import Config
+from taming.units import parse_bytes
 
 Size = (
     Annotated[int, Field(gt=0)]
@@ -88,9 +91,10 @@ class PicturesConfig(Config):
     """Enlarge pictures that are smaller than the crop, in place of refusing them."""
     max_pixels: int = Field(200_000_000, gt=0)
     """Refuse pictures of more pixels than this before they are decoded."""
-    skip_budget: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the samples that may turn out to be bad in training: others take their places, and they are
-    counted by reason. Beyond it training stops; 0: at the first one."""
+    skip_budget: float = Field(0.001, ge=0.0, lt=1.0)
+    """Share of the pictures that may be bad. Those that are found on opening, or in an evaluation, are left
+    out; in training others take their places. They are counted by reason; beyond this it stops, with 0 at the
+    first one."""
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -164,7 +168,78 @@ class FolderDataConfig(PicturesConfig):
         return self
 
 
-DataConfig = Annotated[FolderDataConfig | ScenesDataConfig, Field(discriminator="kind")]
+def _is_given(value: Any) -> Any:
+    """A folder's config says the names of its maps' folders: those of a pack have no names, but are there."""
+    if value is None:
+        return False
+    return True if isinstance(value, str) and value.lower() not in ("true", "false") else value
+
+
+Given = Annotated[bool, BeforeValidator(_is_given)]
+
+
+class ShardsDataConfig(PicturesConfig):
+    """Shards with an index, as `taming data pack` and `taming data index` write them; local or remote.
+
+    A config of the folder that was packed is read too: what it calls its maps is of no matter here.
+    """
+
+    kind: Literal["shards"] = "shards"
+    root: Annotated[str, BeforeValidator(str)]
+    """The folder of the index, or its http or https address."""
+    segmentation: Given = False
+    """Read the label maps of the shards; and so on."""
+    depth: Given = False
+    condition_image: Given = False
+    objects: Given = False
+    text: Given = False
+    cache: Path | None = None
+    """Folder for shards from elsewhere; by default ~/.cache/taming/shards."""
+    cache_size: Annotated[int, BeforeValidator(parse_bytes)] = 2**36
+    """Bytes that the cache may take (100G, say): shards that were not read for the longest time make room."""
+    shuffle_shards: int = Field(16, ge=1)
+    """An epoch takes the shards in a random order, and mixes the samples of so many at a time."""
+
+    @property
+    def gives(self) -> dict[str, int]:
+        """Key of a batch -> channels, of pictures and maps; of segmentation the number of labels."""
+        return self._given(
+            segmentation=self.segmentation, depth=self.depth, condition_image=self.condition_image
+        )
+
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, value: str) -> str:
+        scheme, colon, rest = value.partition(":")
+        if not colon or len(scheme) < 2 or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+            return value
+        match scheme.lower():
+            case "http" | "https" if rest.startswith("//") and rest.strip("/"):
+                return value
+            case "file" if rest.startswith("///"):
+                return unquote(rest[2:])
+        raise ValueError(
+            "shards are read from a folder, file:///FOLDER, or an http or https address, and from nothing"
+            " else (./NAME means a folder)"
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_layout(cls, values: Any) -> Any:
+        # Defaults that a run on a folder has saved, and that say nothing.
+        if not isinstance(values, dict):
+            return values
+        told = {"images": None, "crowds": False}
+        return {name: value for name, value in values.items() if name not in told or value != told[name]}
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.segmentation and self.num_labels is None:
+            raise ValueError("segmentation needs num_labels: maps hold labels in [0, num_labels)")
+        return self
+
+
+DataConfig = Annotated[FolderDataConfig | ShardsDataConfig | ScenesDataConfig, Field(discriminator="kind")]
 
 
 def _height_width(size: int | list[int]) -> tuple[int, int]:

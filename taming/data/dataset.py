@@ -15,7 +15,7 @@ import torch
 
 from taming.data.batch import collate
 from taming.data.boxes import crop_objects, mirror_box, mirror_objects
-from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.data.config import DataConfig, FolderDataConfig, ScenesDataConfig, ShardsDataConfig
 from taming.data.order import epoch_order
 from taming.data.scenes import (
     CLASS_NAMES,
@@ -94,7 +94,7 @@ class PictureDataset(ABC):
         )
 
 
-def open_dataset(config: FolderDataConfig | ScenesDataConfig, split: Split) -> PictureDataset:
+def open_dataset(config: DataConfig, split: Split) -> PictureDataset:
     """Open one split. All that can be found wrong before training is: raises DataError."""
     match config:
         case ScenesDataConfig():
@@ -103,6 +103,10 @@ def open_dataset(config: FolderDataConfig | ScenesDataConfig, split: Split) -> P
             from taming.data.folder import FolderDataset
 
             return FolderDataset(config, split)
+        case ShardsDataConfig():
+            from taming.data.shards import ShardDataset
+
+            return ShardDataset(config, split)
 
 
 class ScenesDataset(PictureDataset):

@@ -1,4 +1,4 @@
-"""DATA on a command line: a folder, a config file or the word "scenes"."""
+"""DATA on a command line: a folder, shards, a config file or the word "scenes"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from taming.config import Config, build_config, parse_override, read_yaml, set_value
-from taming.data.config import DataConfig, FolderDataConfig, ScenesDataConfig
+from taming.data.config import DataConfig, ScenesDataConfig
 from taming.data.dataset import PictureDataset, open_dataset
 from taming.errors import DataError
 
@@ -16,12 +16,11 @@ class _Source(Config):
     data: DataConfig
 
 
-def data_from(
-    source: str, *, size: tuple[int, int] | int, overrides: Sequence[str] = ()
-) -> FolderDataConfig | ScenesDataConfig:
+def data_from(source: str, *, size: tuple[int, int] | int, overrides: Sequence[str] = ()) -> DataConfig:
     """The data config that a user means by `source`.
 
-    A folder of pictures; a YAML file whose section `data` is taken (a run's config.yaml, say); or "scenes".
+    A folder of pictures; a folder or an address of shards, with all that they hold; a YAML file whose
+    section `data` is taken (a run's config.yaml, say); or "scenes".
     `size` is used where the source does not say one; `overrides` are "key=value" of the data section.
     Raises UserError.
     """
@@ -29,6 +28,8 @@ def data_from(
     values: dict[str, Any]
     if source == "scenes":
         values = {"kind": "scenes"}
+    elif is_pack(source):
+        values = _of_shards(source)
     elif path.is_dir():
         values = {"kind": "folder", "root": source}
     elif path.is_file() and path.suffix in (".yaml", ".yml"):
@@ -37,13 +38,39 @@ def data_from(
             raise DataError(f"{source} has no section `data`; give a folder of pictures or a training config")
         values = dict(section)
     else:
-        raise DataError(f"no data at {source!r}: give a folder of pictures, a training config, or `scenes`")
+        raise DataError(
+            f"no data at {source!r}: give a folder of pictures or shards, a training config, or `scenes`"
+        )
     values.setdefault("size", size if isinstance(size, int) else list(size))
     document = {"data": values}
     for override in overrides:
         key, value = parse_override(override)
         set_value(document, f"data.{key.removeprefix('data.')}", value)
     return build_config(_Source, document, source=source).data
+
+
+def is_pack(source: str) -> bool:
+    """Whether shards are meant: an http or https address, or a folder with an index of shards."""
+    from taming.data.remote import is_address
+    from taming.data.shards_index import FORMAT, INDEX
+
+    if is_address(source):
+        return True
+    try:
+        with (Path(source).expanduser() / INDEX).open("rb") as file:
+            return FORMAT.encode() in file.read(200)
+    except OSError:
+        return False
+
+
+def _of_shards(source: str) -> dict[str, Any]:
+    """Values of a config that reads all that shards hold."""
+    from taming.data.config import ShardsDataConfig
+    from taming.data.shards_store import open_store
+
+    index = open_store(build_config(ShardsDataConfig, {"root": source}, source=source)).index()
+    given = {"class_labels" if kind == "label" else kind: True for kind in index.fields if kind != "image"}
+    return {"kind": "shards", "root": source, "num_labels": index.num_labels, **given}
 
 
 class AllSplits(PictureDataset):
@@ -74,7 +101,7 @@ class AllSplits(PictureDataset):
         return "/".join(part.fingerprint() for part in self.parts)
 
 
-def open_split(config: FolderDataConfig | ScenesDataConfig, split: str) -> PictureDataset:
+def open_split(config: DataConfig, split: str) -> PictureDataset:
     """The split "train", "validation" or "all" of a data set. Raises UserError.
 
     "all" of the scenes is their validation split: their training split has no end.
@@ -90,7 +117,7 @@ def open_split(config: FolderDataConfig | ScenesDataConfig, split: str) -> Pictu
             raise DataError(f"no split {split!r}: choose all, train or validation")
 
 
-def open_splits(config: FolderDataConfig | ScenesDataConfig) -> tuple[PictureDataset, PictureDataset]:
+def open_splits(config: DataConfig) -> tuple[PictureDataset, PictureDataset]:
     """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
     splits = open_dataset(config, "train"), open_dataset(config, "validation")
     if not len(splits[1]):
