@@ -16,7 +16,8 @@ from stage1_vq.decoder import Decoder
 from stage1_vq.encoder import Encoder
 from stage1_vq.inputs import one_hot
 from stage1_vq.quantizers import build_quantizer
-from taming.artifact import content_hash, load_artifact, load_state, push_artifact, save_artifact
+from taming.artifact import content_hash, load_artifact, push_artifact, save_artifact
+from taming.building import build_with
 from taming.config import build_config
 from taming.errors import UserError
 from taming.types import QuantizerOutput, TokenizerSpec
@@ -137,9 +138,8 @@ class VQModel(nn.Module):
         Raises ArtifactError where there is none, or it is not a tokenizer of this toolkit.
         """
         values, state = load_artifact(source, ARTIFACT_KIND, subfolder=subfolder)
-        model = cls(build_config(VQModelConfig, values, source=f"config of {source}"))
-        load_state(model, state, source=source)
-        return model.eval()
+        config = build_config(VQModelConfig, values, source=f"config of {source}")
+        return build_with(lambda: cls(config), state, source=source)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""

@@ -12,7 +12,8 @@ from stage2_ar.config import ARModelConfig
 from stage2_ar.order import Grid, to_raster, to_sequence
 from stage2_ar.transformer import build_transformer
 from stage2_ar.transformer_config import LlamaConfig
-from taming.artifact import load_artifact, load_state, save_artifact
+from taming.artifact import load_artifact, save_artifact
+from taming.building import build_with
 from taming.config import build_config
 from taming.errors import ConfigError
 from taming.types import Batch
@@ -59,9 +60,8 @@ class ARModel(nn.Module):
     def from_pretrained(cls, source: str | Path, *, subfolder: str = "") -> ARModel:
         """Load what `save_pretrained` wrote, in eval mode. Raises ArtifactError."""
         values, state = load_artifact(source, ARTIFACT_KIND, subfolder=subfolder)
-        model = cls(build_config(ARModelConfig, values, source=f"config of {source}"))
-        load_state(model, state, source=source)
-        return model.eval()
+        config = build_config(ARModelConfig, values, source=f"config of {source}")
+        return build_with(lambda: cls(config), state, source=source)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from stage1_vq.config import VQModelConfig
 from stage1_vq.model import VQModel
 from taming.artifact import load_state
+from taming.building import build_with
 from taming.errors import ArtifactError
 from taming.gan.discriminators import save_discriminator
 from taming.gan.patchgan import Norm, PatchGAN, PatchGANConfig
@@ -59,9 +60,7 @@ class Imported:
 
 def build_model(config: VQModelConfig, state: Mapping[str, Tensor], *, source: str | Path) -> VQModel:
     """The model of `config` with these weights. Raises ArtifactError naming keys that do not fit."""
-    model = VQModel(config)
-    load_state(model, state, source=source)
-    return model.eval()
+    return build_with(lambda: VQModel(config), state, source=source)
 
 
 def discriminator_from(state: Mapping[str, Tensor], *, source: str | Path) -> ImportedDiscriminator:
