@@ -5,8 +5,9 @@ Axes: B pictures, C channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,21 +17,37 @@ from torch.optim import Optimizer
 
 from stage1_vq.adversarial_config import AdversarialConfig
 from stage1_vq.loss import gradient_ratio, last_conv_gradient
-from taming.gan.augment import draw_view
+from taming.gan.actnorm import ActNorm
+from taming.gan.augment import View, draw_view
 from taming.gan.discriminators import build_discriminator, load_discriminator, save_discriminator
 from taming.gan.losses import discriminator_loss, generator_loss
 from taming.gan.regularisers import LeCam, gradient_penalty
 from taming.training.distributed import reduced_if
+from taming.training.gradients import OwnGradients
 from taming.training.guard import CollapseGuard
 from taming.training.plateau import Plateau
 from taming.training.schedule import set_learning_rate
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What it wants of the reconstructions of one micro-batch."""
+
+    gradient: Tensor
+    """(B, C, H, W): of its unweighted loss at the reconstruction."""
+    at_last_layer: Tensor | None
+    """(2, *W) fp32: the gradients of all other losses and of its own at the decoder's last weight (*W), where
+    the weight follows from them."""
+    loss: Tensor
+    """() detached."""
+
+
 class Adversary:
     """Judges reconstructions, and learns to tell them from pictures.
 
-    A step calls `begin_step`, for each micro-batch `begin_micro_batch`, `judge` and `teach`, steps the
-    optimiser, and ends with `end_step`.
+    A step calls `begin_step`, for each micro-batch `view`, `judge` and `teach`, `weigh` once it has judged
+    what it is to weigh, steps the optimiser, and ends with `end_step`, or with `undo_step` where it is left
+    out.
     """
 
     def __init__(self, config: AdversarialConfig, in_channels: int, notes: list[str]) -> None:
@@ -65,6 +82,7 @@ class Adversary:
         self.state.to(accelerator.device)
         # A shell, since accelerate changes the forward of what it is given: the network stays as it is.
         self._both: nn.Module = accelerator.prepare_model(_RealAndFake(self.discriminator))
+        self.own_gradients = OwnGradients(self._both)
         self.optimizer = make_optimizer(self.discriminator.parameters())
 
     def plays(self, step: int) -> bool:
@@ -83,41 +101,79 @@ class Adversary:
         """Before a step in which it plays; `rate` is the autoencoder's learning rate."""
         set_learning_rate(self.optimizer, rate * self.config.learning_rate_ratio)
         self.optimizer.zero_grad(set_to_none=True)
+        changing = [tensor for part in self.discriminator.modules() for tensor in _changed_by_forward(part)]
+        self._before = [(tensor, tensor.detach().clone()) for tensor in changing]
 
-    def begin_micro_batch(self, images: Tensor) -> None:
-        """One random view of a micro-batch for both players: a pair differs in what was painted alone."""
-        self._view = draw_view(self.config.augment, images)
+    @torch.no_grad()
+    def undo_step(self) -> None:
+        """In place of the update: what forward alone has changed is as it was, and no gradient is left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for tensor, before in self._before:
+            tensor.copy_(before)
+        for part in self.discriminator.modules():
+            if isinstance(part, ActNorm):
+                part.ready = False
+
+    def view(self, images: Tensor, seed: int, step: int, first: int, in_all: int) -> View:
+        """One random view of a micro-batch for both players: a pair differs in what was painted alone.
+
+        `images` are the pictures from number `first` on of the `in_all` of the step.
+        """
+        return draw_view(self.config.augment, images, seed=seed, step=step, first=first, in_all=in_all)
+
+    def balances(self, step: int) -> bool:
+        """Whether its weight at `step` follows from gradients."""
+        return self.config.weight_mode == "adaptive" and self.factor(step) > 0
 
     def judge(
-        self, picture: Tensor, wanted: Tensor, features: Tensor, last_conv: nn.Conv2d, step: int
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """What the reconstruction `picture` (B, C, H, W, a leaf) is to follow beside `wanted`, and the log.
+        self,
+        picture: Tensor,
+        wanted: Tensor,
+        features: Tensor,
+        last_conv: nn.Conv2d,
+        step: int,
+        view: View,
+    ) -> Judgement | None:
+        """What the reconstruction `picture` (B, C, H, W, a leaf) is to follow beside `wanted`.
 
-        `wanted` (B, C, H, W) is the gradient of all other losses there; the weight balances both at the
-        weights of `last_conv`, which made the picture of `features`. None while it only watches.
+        `wanted` (B, C, H, W) is the gradient of all other losses there; `last_conv` made the picture of
+        `features`. None while it only watches.
         """
-        factor = self.factor(step)
-        if not factor:
-            return None, {}
+        if not self.factor(step):
+            return None
         # Unwrapped and without weight gradients: this pass judges, it does not learn.
         with frozen(self.discriminator), self.accelerator.autocast():
-            logits = self.discriminator(self._view(picture)).float()
+            logits = self.discriminator(view(picture)).float()
         loss = generator_loss(logits, self.config.loss)
         (gradient,) = torch.autograd.grad(loss, picture)
-        weight = torch.ones_like(loss)
-        if self.config.weight_mode == "adaptive":
-            weight = gradient_ratio(*(last_conv_gradient(features, last_conv, g) for g in (wanted, gradient)))
-        weight = weight * self.config.weight
-        return factor * weight * gradient, {"adversarial": loss.detach(), "adaptive_weight": weight}
+        at_last_layer = None
+        if self.balances(step):
+            both = [last_conv_gradient(features, last_conv, g).float() for g in (wanted, gradient)]
+            at_last_layer = torch.stack(both)
+        return Judgement(gradient, at_last_layer, loss.detach())
 
-    def teach(self, real: Tensor, fake: Tensor, step: int, share: float, *, last: bool) -> dict[str, Tensor]:
+    def weigh(self, judgements: Sequence[Judgement]) -> Tensor:
+        """Its weight () for micro-batches of one size, the same on every process.
+
+        The gradients that it balances are means over all of them and over processes before their lengths are
+        taken.
+        """
+        at_last_layer = [given.at_last_layer for given in judgements if given.at_last_layer is not None]
+        ratio: Tensor | float = 1.0
+        if at_last_layer:
+            ratio = gradient_ratio(*torch.stack(at_last_layer).mean(0))
+        return self.config.weight * torch.as_tensor(ratio, device=judgements[0].loss.device)
+
+    def teach(
+        self, real: Tensor, fake: Tensor, step: int, share: float, view: View, *, last: bool
+    ) -> dict[str, Tensor]:
         """Its own gradients for one micro-batch, times `share`; both (B, C, H, W), detached.
 
         `last`: no other micro-batch of the step follows.
         """
         r1 = self.config.r1
         penalised = r1 is not None and r1.due(step)
-        real, fake = self._view(real), self._view(fake)
+        real, fake = view(real), view(fake)
         if penalised:
             real = real.detach().requires_grad_()
         with reduced_if(last, self.accelerator, self._both):
@@ -171,6 +227,13 @@ class _RealAndFake(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         return self.discriminator(real), self.discriminator(fake)
+
+
+def _changed_by_forward(part: nn.Module) -> Iterator[Tensor]:
+    """The tensors of `part` alone that a forward in train mode may change."""
+    yield from part.buffers(recurse=False)
+    if isinstance(part, ActNorm) and not part.ready:  # its first batch sets its weights
+        yield from part.parameters(recurse=False)
 
 
 @contextmanager

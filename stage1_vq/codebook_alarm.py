@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from taming.collective import sum_over_processes
 from taming.config import Config
 from taming.training.host_state import HostState
 
@@ -27,7 +26,7 @@ class CodebookAlarm(HostState):
     """Counts the codes that training chooses; once a run `observe` returns a warning.
 
     `remedies` are the settings that would help with this codebook. The counts stay on the device and are
-    summed over processes and read once a window.
+    read once a window.
     """
 
     saved = ("number", "best", "windows", "warned")
@@ -43,7 +42,7 @@ class CodebookAlarm(HostState):
         self.warned = False
 
     def count(self, counts: Tensor) -> None:
-        """Add how often each code (K,) was chosen in a micro-batch of this process."""
+        """Add how often each code (K,) was chosen in a step, by all processes."""
         if not self.warned:
             self.counts += counts
 
@@ -52,7 +51,7 @@ class CodebookAlarm(HostState):
         self.number += 1
         if self.warned or self.number < self.config.window:
             return None
-        counts = sum_over_processes(self.counts)
+        counts = self.counts
         used, cells = int((counts > 0).sum()), int(counts.sum())
         self.counts.zero_()
         self.number, self.windows = 0, self.windows + 1

@@ -1,14 +1,8 @@
-"""What a training step of stage one does.
-
-One forward of the autoencoder serves both players. The graph is cut at the reconstruction: what the
-reconstruction loss and the discriminator want of it is found as two gradients of the picture; they give the
-adaptive weight through the last convolution alone, and their weighted sum goes back through decoder and
-encoder once.
-"""
+"""What a training step of stage one does: both players' gradients (`passes.py`), then, if all is finite, the
+updates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,15 +19,16 @@ from stage1_vq.evaluate import reconstruct
 from stage1_vq.figures import Distance, ReconstructionFigures
 from stage1_vq.fine_tuning import hold_codes, start_from, train_decoder_only
 from stage1_vq.inputs import as_picture, model_input
-from stage1_vq.loss import blind_error, reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
 from stage1_vq.optimizers import adam, autoencoder_optimizers
-from taming.collective import mean_over_processes
+from stage1_vq.passes import Passes
 from taming.errors import UserError
-from taming.metrics.codebook import count_codes, perplexity, usage
+from taming.metrics.codebook import perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
-from taming.training.distributed import reduced_if
+from taming.training.drift import verify_processes
 from taming.training.ema import Ema
+from taming.training.finite import NonFiniteSteps, StepValues, exchange
+from taming.training.gradients import OwnGradients, clip_gradients, gradient_norm
 from taming.training.guard import CollapseGuard
 from taming.training.schedule import learning_rate, set_learning_rate
 from taming.types import Batch
@@ -76,6 +71,7 @@ class VQTask:
             )
         decay = config.training.ema_decay
         self.ema = Ema(self.model, decay) if decay is not None else None
+        self.nonfinite = NonFiniteSteps(config.training.on_nonfinite)
 
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
         """Move to the device, wrap for several processes, build the optimisers."""
@@ -84,7 +80,9 @@ class VQTask:
             if module is not None:
                 module.to(accelerator.device)
         # Shells, since accelerate changes the forward of what it is given: the models stay as they are.
-        self._autoencoder: nn.Module = accelerator.prepare_model(_Whole(self.model))
+        autoencoder: nn.Module = accelerator.prepare_model(_Whole(self.model))
+        self._own_gradients = OwnGradients(autoencoder)
+        self.passes = Passes(self.config, accelerator, self.model, autoencoder, self.perceptual)
         self._optimizers = autoencoder_optimizers(self.model, self.config.optimizer)
         if self.adversary is not None:
             self.adversary.prepare(accelerator, partial(adam, config=self.config.optimizer))
@@ -92,7 +90,8 @@ class VQTask:
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update of both players; returns detached () values, equal on all processes.
 
-        Where a term is not finite nothing moves: the guard's `collapse` says so if it can go back; else
+        Where a term or a gradient is not finite, on any process, nothing moves and nothing is returned: the
+        guard's `collapse` says so if it can go back; the step is left out where the config says so; else
         UserError is raised.
         """
         if self.config.train_only == "decoder":
@@ -108,77 +107,66 @@ class VQTask:
         if adversary is not None:
             adversary.begin_step(rate)
 
-        logs: dict[str, Tensor] = {}
-        share = 1 / len(micro_batches)
-        for number, batch in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            inputs = model_input(batch, self.config.model)
-            for name, value in self._accumulate(inputs, step, share, last, adversary).items():
-                logs[name] = logs.get(name, 0) + share * value
-        values = mean_over_processes(torch.stack([value.float() for value in logs.values()]))
-        logs = dict(zip(logs, values.unbind(), strict=True))
-        # The step's only wait for the device.
-        read = dict(zip(logs, values.tolist(), strict=True))
-        logs.pop("blind", None)
-        if not self._check_finite(read, step):
-            return logs
+        inputs = [model_input(batch, self.config.model) for batch in micro_batches]
+        blind = self.guard is not None and self.guard.wants_blind
+        seen = self.passes.gradients(inputs, step, adversary, blind=blind)
+        players: dict[str, nn.Module] = {"model": self.model}
+        own = {"model": self._own_gradients.take()}
+        if adversary is not None:
+            players["discriminator"] = adversary.discriminator
+            own["discriminator"] = adversary.own_gradients.take()
+        norms = {name: gradient_norm(player.parameters()) for name, player in players.items()}
+        known = {name: total for name, total in own.items() if total is not None}
+        values = exchange(seen.logs, norms, known, seen.counts)
+        if values.wrong is not None:
+            self._leave_out(step, values.wrong, adversary)
+            return {}
+        self.nonfinite.made()
 
-        self._clip(self.model)
+        for name, player in players.items():
+            # Each player on its own: a wild discriminator must not hold the decoder back.
+            clip_gradients(player.parameters(), norms[name], self.config.training.clip_norm)
         for optimizer in self._optimizers.values():
             optimizer.step()
         if self.config.train_only is None:
             self.model.quantize.after_step()
         if adversary is not None:
-            self._clip(adversary.discriminator)
             adversary.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
+        return self._end_step(step, values, norms)
+
+    def _end_step(self, step: int, values: StepValues, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """After the update: what watches it, and the log."""
+        logs = values.means
         if self.adversary is not None:
-            self.adversary.end_step(step, logs, read, last=step + 1 == self.total_steps)
-        if self.alarm is not None and (warning := self.alarm.observe()):
-            self._notes.append(warning)
-        return logs
-
-    def _accumulate(
-        self, images: Tensor, step: int, share: float, last: bool, adversary: Adversary | None
-    ) -> dict[str, Tensor]:
-        """Gradients of one micro-batch for both players, times `share`."""
-        with reduced_if(last, self.accelerator, self._autoencoder):
-            with self.accelerator.autocast():
-                output: VQOutput = self._autoencoder(images)
-            logs, gradient = self._judge(output, images, step, adversary)
-            # The surrogate's gradient at the picture is exactly `gradient`.
-            surrogate = (output.reconstruction * gradient.to(output.reconstruction.dtype)).sum()
-            self.accelerator.backward(share * (surrogate + output.quantizer.loss))
-        if adversary is not None:
-            fake = output.reconstruction.detach()
-            del output, surrogate
-            logs |= adversary.teach(images, fake, step, share, last=last)
-        return logs
-
-    def _judge(
-        self, output: VQOutput, images: Tensor, step: int, adversary: Adversary | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """(log, gradient (B, C, H, W) that the reconstruction is to follow)."""
-        picture = output.reconstruction.detach().float().requires_grad_()
-        with self.accelerator.autocast():
-            loss = reconstruction_loss(picture, images, self.config.loss, self.perceptual)
-        (gradient,) = torch.autograd.grad(loss.total, picture)
-        logs = {"nll": loss.total.detach(), **loss.terms, "codebook": output.quantizer.loss.detach()}
-        if self.guard is not None and self.guard.wants_blind:
-            logs["blind"] = blind_error(images, self.config.loss)
-        if adversary is not None:
-            adversary.begin_micro_batch(images)
-            last_conv = self.model.decoder.conv_out
-            wish, judgement = adversary.judge(picture, gradient, output.features, last_conv, step)
-            gradient = gradient if wish is None else gradient + wish
-            logs |= judgement
-        logs |= {name: value for name, value in output.quantizer.terms.items() if name not in logs}
-        counts = count_codes(output.quantizer.indices, self.model.quantize.codebook_size)
-        logs |= {"code_usage": usage(counts), "perplexity": perplexity(counts)}
+            self.adversary.end_step(step, logs, values.read, last=step + 1 == self.total_steps)
+        logs.pop("blind", None)
+        assert values.counts is not None
+        logs |= {"code_usage": usage(values.counts), "perplexity": perplexity(values.counts)}
+        logs |= {f"gradient_{name}": norm.float() for name, norm in norms.items()}
         if self.alarm is not None:
-            self.alarm.count(counts)
-        return logs, gradient
+            self.alarm.count(values.counts)
+            if warning := self.alarm.observe():
+                self._notes.append(warning)
+        every = self.config.training.verify_processes_every
+        if every is not None and (step + 1) % every == 0:
+            verify_processes(self.modules(), step + 1)
+        return logs
+
+    def _leave_out(self, step: int, wrong: str, adversary: Adversary | None) -> None:
+        """Take back what the step's forward did; decide how the run goes on."""
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.model.quantize.forget_step()
+        if adversary is not None:
+            adversary.undo_step()
+        guard = self.guard
+        can_go_back = guard is not None and guard.active and guard.counts(step)
+        if guard is not None and can_go_back and self.nonfinite.policy == "stop":
+            guard.collapse = f"{wrong} is not finite"
+            return
+        self._notes.append(self.nonfinite.refuse(step, wrong))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -224,6 +212,7 @@ class VQTask:
             named["discriminator"] = self.adversary.discriminator
             named["adversary"] = self.adversary.state
         named["codebook_alarm"] = self.alarm
+        named["nonfinite"] = self.nonfinite
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -243,25 +232,6 @@ class VQTask:
         model = self.model if self.ema is None else self.ema.module
         assert isinstance(model, VQModel)
         return model.eval()
-
-    def _clip(self, model: nn.Module) -> None:
-        # Each player on its own: a wild discriminator must not hold the decoder back.
-        if self.config.training.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.training.clip_norm)
-
-    def _check_finite(self, values: dict[str, float], step: int) -> bool:
-        """Whether the step can be made. Raises UserError where it cannot, and going back cannot help."""
-        names = [name for name, value in values.items() if not math.isfinite(value)]
-        if not names:
-            return True
-        what = f"{', '.join(names)} is not finite"
-        if self.guard is not None and self.guard.active and self.guard.counts(step):
-            self.guard.collapse = what
-            return False
-        raise UserError(
-            f"training diverged at step {step}: {what}; lower "
-            "optimizer.learning_rate, set training.clip_norm, or use training.precision=fp32, and resume"
-        )
 
 
 class _Whole(nn.Module):

@@ -6,6 +6,8 @@ Axes: B pictures, D code width, h w cells, N = B h w cells as rows, K codes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -50,6 +52,8 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.codebook_size = codebook_size
         self.code_dim = code_dim
+        self.observing = True
+        """Whether forward remembers in training what `after_step` needs."""
 
     @property
     @abstractmethod
@@ -105,5 +109,21 @@ class Quantizer(nn.Module, ABC):
     def after_step(self) -> None:
         """Called once after every optimiser step: moves and revives codes where the method does so itself.
 
-        All processes call it together, and leave it with the same codes.
+        All processes call it together, and leave it with the same codes: those that one process with all
+        of their pictures would have, up to the rounding of what went before.
         """
+
+    def forget_step(self) -> None:
+        """Called in place of `after_step` for a step that is left out: as if it had not been begun."""
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Inside, forward leaves no trace: for a pass that repeats one already seen."""
+        parts = [part for part in self.modules() if isinstance(part, Quantizer)]
+        for part in parts:
+            part.observing = False
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.observing = True

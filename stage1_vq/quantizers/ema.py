@@ -54,7 +54,10 @@ class EMAQuantizer(DirectionTableQuantizer):
         super().__init__(config)
         self.config = config
         self.embedding = _AveragedTable(config.codebook_size, config.code_dim)
-        self._chosen: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def follows(self) -> bool:
+        return True
 
     def choose(self, rows: Tensor) -> Tensor:
         return nearest_codes(self.compared(rows), self.codebook)
@@ -65,18 +68,8 @@ class EMAQuantizer(DirectionTableQuantizer):
         codes = F.embedding(indices, codebook)
         if self.training:
             self.observe(rows.detach(), indices)
-            self._chosen.append((rows.detach(), indices))
         loss, terms = attraction(rows, codes, self.config.beta, 0.0)
         return QuantizedRows(pass_gradient(rows, codes, self.config.gradient), indices, loss, terms)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Move the codes to their averages; then k-means or revival."""
-        if self._chosen:
-            latents, indices = (torch.cat(parts) for parts in zip(*self._chosen, strict=True))
-            self._chosen.clear()
-            self._move(latents, indices)
-        super().after_step()
 
     def place(self, rows: Tensor, codes: Tensor) -> None:
         table = self.embedding
@@ -86,10 +79,12 @@ class EMAQuantizer(DirectionTableQuantizer):
         table.cluster_size[rows] = share
         table.embed_avg[rows] = codes[rows] * share
 
-    def _move(self, latents: Tensor, indices: Tensor) -> None:
+    def move(self, latents: Tensor, indices: Tensor, counts: Tensor) -> None:
         table, config = self.embedding, self.config
-        counts = sum_over_processes(torch.bincount(indices, minlength=self.codebook_size)).float()
-        sums = sum_over_processes(torch.zeros_like(table.embed_avg).index_add_(0, indices, latents))
+        # In float64 the rounded sum does not show in which order and on how many processes it was made.
+        own = torch.zeros_like(table.embed_avg, dtype=torch.float64)
+        sums = sum_over_processes(own.index_add_(0, indices, latents.double())).float()
+        counts = counts.float()
         table.cluster_size.lerp_(counts, 1 - config.decay)
         table.embed_avg.lerp_(sums, 1 - config.decay)
         total = table.cluster_size.sum()

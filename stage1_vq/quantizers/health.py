@@ -8,7 +8,7 @@ Axes: N latents, D code width, K codes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stage1_vq.quantizers.base import Quantizer
 from stage1_vq.quantizers.search import nearest_codes
-from taming.collective import from_main_process, gather_rows, sum_over_processes
+from taming.collective import choose_rows, from_main_process, gather_rows, sum_over_processes, world_size
 from taming.config import Config
 
 RATE_DECAY = 0.98
@@ -49,6 +49,9 @@ class TableQuantizer(Quantizer):
 
     Buffers exist only where an option needs them, so that published states load strictly. The latents that
     k-means waits for are not saved: a run resumed within its first steps collects them again.
+
+    Counts, k-means and revival look at the whole step: at all micro-batches of all processes, in the order
+    of the pictures, so that their choices depend on neither.
     """
 
     initialised: Tensor
@@ -64,53 +67,79 @@ class TableQuantizer(Quantizer):
             self.register_buffer("steps_unused", torch.zeros(config.codebook_size, dtype=torch.int64))
         if config.revive_below is not None:
             self.register_buffer("choice_rate", torch.ones(config.codebook_size))
+        self._started = not config.kmeans_init
         self._settling = False
-        self._counts: Tensor | None = None
-        self._recent: Tensor | None = None
+        self._step = 0
+        self._seen: list[tuple[Tensor, Tensor]] = []
         self._first: list[Tensor] = []
 
     @abstractmethod
     def place(self, rows: Tensor, codes: Tensor) -> None:
         """Where `rows` (K,) bool is set, let the code be that row of `codes` (K, D), with all its state."""
 
+    def move(self, latents: Tensor, indices: Tensor, counts: Tensor) -> None:
+        """Let codes follow this process's latents (N, D) of a step and their codes (N,), where they do so.
+
+        `counts` (K,) int64 says how often each was chosen on all processes.
+        """
+
     @property
     def waits_for_kmeans(self) -> bool:
-        return self.health.kmeans_init and not bool(self.initialised)
+        # The flag is read from the device until it is set, not in every step.
+        self._started = self._started or bool(self.initialised)
+        return not self._started
+
+    @property
+    def follows(self) -> bool:
+        """Whether `after_step` needs what was chosen."""
+        return self.health.revive_after is not None or self.waits_for_kmeans
 
     def observe(self, latents: Tensor, indices: Tensor) -> None:
         """Remember what `after_step` needs of latents (N, D) and their codes (N,)."""
-        if self.waits_for_kmeans:
-            self._first.append(latents)
-        if self.health.revive_after is not None:
-            counts = torch.bincount(indices, minlength=self.codebook_size)
-            self._counts = counts if self._counts is None else self._counts + counts
-            self._recent = latents
+        if self.observing and self.follows:
+            self._seen.append((latents, indices))
 
     def before_step(self, step: int, total_steps: int) -> None:
         """Codes that are merely rare stay where they are near the end of a run."""
+        self._step = step
         self._settling = step >= SETTLING_FROM * total_steps
 
     def forget(self) -> None:
         """Drop the latents seen so far: they were not yet those that k-means should start from."""
         self._first.clear()
+        self._seen.clear()
+
+    def forget_step(self) -> None:
+        self._seen.clear()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Start from k-means once enough latents were seen; afterwards revive codes that died."""
+        """Move codes; start from k-means once enough latents were seen; afterwards revive codes that died."""
+        if not self._seen:
+            return
+        latents, indices = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        counts = sum_over_processes(torch.bincount(indices, minlength=self.codebook_size))
+        self.move(latents, indices, counts)
         if self.waits_for_kmeans:
-            wanted = 2 * self.codebook_size
-            latents = gather_rows(torch.cat(self._first)) if self._first else self.codebook[:0]
-            if len(latents) >= wanted:
-                centres = from_main_process(kmeans(latents[: 16 * wanted], self.codebook_size))
-                self.place(torch.ones(self.codebook_size, dtype=torch.bool, device=centres.device), centres)
-                self.initialised.fill_(True)
-                self._first.clear()
-        elif self.health.revive_after is not None and self._counts is not None:
-            self._revive(self.health.revive_after, self._counts)
-        self._counts = self._recent = None
+            self._start_from(latents)
+        elif self.health.revive_after is not None:
+            self._revive(self.health.revive_after, latents, counts)
 
-    def _revive(self, revive_after: int, counts: Tensor) -> None:
-        counts = sum_over_processes(counts)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._started = not self.health.kmeans_init
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _start_from(self, latents: Tensor) -> None:
+        self._first.append(gather_rows(latents))
+        if sum(map(len, self._first)) >= 2 * self.codebook_size:
+            first = torch.cat(self._first)[: 32 * self.codebook_size]
+            centres = from_main_process(kmeans(first, self.codebook_size))
+            self.place(torch.ones(self.codebook_size, dtype=torch.bool, device=centres.device), centres)
+            self.initialised.fill_(True)
+            self._first.clear()
+
+    def _revive(self, revive_after: int, latents: Tensor, counts: Tensor) -> None:
         self.steps_unused.add_(1).masked_fill_(counts > 0, 0)
         dead: Tensor = self.steps_unused.ge(revive_after)
         if self.health.revive_below is not None:
@@ -118,11 +147,14 @@ class TableQuantizer(Quantizer):
             self.choice_rate.lerp_(share, 1 - RATE_DECAY)
             if not self._settling:
                 dead = dead | (self.choice_rate < self.health.revive_below)
-        assert self._recent is not None
-        if dead.any():
-            # The counts are the same on every process, hence this branch; the choice is the main one's.
-            picks = torch.randint(len(self._recent), (self.codebook_size,), device=dead.device)
-            self.place(dead, from_main_process(self._recent[picks]))
+        if dead.any():  # the same on every process, as the counts are
+            # A function of the step, not of a process's own random numbers.
+            generator = torch.Generator().manual_seed(self._step)
+            among = len(latents) * world_size()
+            picks = torch.randint(among, (self.codebook_size,), generator=generator).to(dead.device)
+            codes = torch.zeros(self.codebook_size, self.code_dim, device=dead.device)
+            codes[dead] = choose_rows(latents, picks[dead])
+            self.place(dead, codes)
             self.steps_unused.masked_fill_(dead, 0)
             if self.health.revive_below is not None:
                 self.choice_rate.masked_fill_(dead, 1)

@@ -102,6 +102,14 @@ class ResidualQuantizer(Quantizer):
         quantized = pass_gradient(rows, self.codes_at(indices), self.config.gradient)
         return QuantizedRows(quantized, indices, self.config.loss_weight * torch.stack(losses).mean(), terms)
 
+    def before_step(self, step: int, total_steps: int) -> None:
+        for stage in self._stages():
+            stage.before_step(step, total_steps)
+
+    def forget_step(self) -> None:
+        for stage in self._stages():
+            stage.forget_step()
+
     def after_step(self) -> None:
         """k-means or revival of every stage; a later one waits until the one before has its centres."""
         stages = self._stages()

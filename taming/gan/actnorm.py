@@ -23,20 +23,22 @@ class ActNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.initialized: Tensor
         self.register_buffer("initialized", torch.zeros((), dtype=torch.uint8))
-        self._ready = False
+        self.ready = False
+        """Whether loc and scale are known to be set."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and not self._ready:
+        if self.training and not self.ready:
             self._start_from(x)
         return self.scale * (x + self.loc)
 
     @torch.no_grad()
     def _start_from(self, x: Tensor) -> None:
         # The flag is read from the device once, not in every step.
-        self._ready = True
+        self.ready = True
         if self.initialized:
             return
-        x = x.float()
+        # In float64: a difference of squares, whose rounding the scale would carry through the whole run.
+        x = x.double()
         mean, square = mean_over_processes(torch.stack((x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))))
         deviation = (square - mean.square()).clamp(min=0).sqrt()
         self.loc.copy_(-mean[None, :, None, None])
@@ -44,5 +46,5 @@ class ActNorm(nn.Module):
         self.initialized.fill_(1)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._ready = False
+        self.ready = False
         super()._load_from_state_dict(*args, **kwargs)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,14 +38,25 @@ class View:
         return images
 
 
-def draw_view(policy: Sequence[Augmentation], images: Tensor) -> View:
-    """A random view of a batch of as many pictures as `images`, from torch's own generator of their device.
+def draw_view(
+    policy: Sequence[Augmentation],
+    images: Tensor,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    first: int = 0,
+    in_all: int | None = None,
+) -> View:
+    """A random view of the pictures from number `first` on of the `in_all` (None: these) of a step.
 
-    An empty policy draws nothing.
+    A function of seed, step and each picture's place in the step, whatever processes and micro-batches share
+    it. An empty policy draws nothing.
     """
     if not policy:
         return View((), images.new_empty(0))
-    return View(tuple(policy), torch.rand(len(images), 7, device=images.device))
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    draws = random.random((first + len(images) if in_all is None else in_all, 7), dtype=np.float32)
+    return View(tuple(policy), torch.from_numpy(draws[first : first + len(images)]).to(images.device))
 
 
 def _color(images: Tensor, draws: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Gradients of a player: their length, found once, and whose fault it is where they are not finite."""
 
-from __future__ import annotations
-
+# Annotations are no strings here: DDP looks at those of its hook.
 from collections.abc import Iterable
 
 import torch

@@ -146,7 +146,7 @@ def test_discriminator_starts_warms_up_and_ramps(images: Tensor):
 def test_generator_pass_leaves_no_gradient_in_the_discriminator(images: Tensor):
     task = make_task(config(discriminator=discriminator()))
     output = task.model.train()(images)
-    task._judge(output, images, 0, task.adversary)
+    task.passes.judge(output, images, 0, task.adversary, 0, 1, blind=False)
     assert all(p.grad is None and p.requires_grad for p in task.adversary.discriminator.parameters())
 
 

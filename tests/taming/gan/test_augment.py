@@ -64,7 +64,9 @@ def test_one_view_is_one_augmentation_and_gradients_pass(policy: tuple[str, ...]
     images = pictures().double()
     look = draw_view(policy, images)
     assert torch.equal(look(images), look(images.clone()))
-    assert not torch.equal(draw_view(policy, images)(images), look(images))
+    assert not torch.equal(draw_view(policy, images, step=1)(images), look(images))
+    rest = draw_view(policy, images[1:], first=1, in_all=3)
+    assert torch.equal(rest.draws, look.draws[1:])
     assert look(images).shape == images.shape
     leaf = images[:, :, :6, :6].clone().requires_grad_()
     assert torch.autograd.gradcheck(look, leaf)
