@@ -69,19 +69,16 @@ def save_checkpoint(
     temporary = final.with_name(final.name + TEMPORARY)
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     agreement = agreement or Agreement()
+    # Asked of every process: the parts of sharded weights come together.
     weights: dict[str, Tensor] = {}
-    groups: dict[str, Any] = {}
-    state: dict[str, Tensor] = {}
-    if main:
-        for name, module in modules.items():
-            weights.update({f"{name}/{key}": value for key, value in module.state_dict().items()})
-        groups, state = _split_optimizers(optimizers)
+    for name, module in modules.items():
+        weights.update({f"{name}/{key}": value for key, value in module.state_dict().items()})
+    groups, state = _split_optimizers(optimizers)
 
     def begin() -> None:
         if main:
-            root.mkdir(parents=True, exist_ok=True)
-            clean_up(root)
-            temporary.mkdir()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
 
     def write() -> None:
         part = _Part(temporary, rank)
@@ -98,7 +95,7 @@ def save_checkpoint(
             _write_json(temporary / MANIFEST, {"processes": processes, "files": files})
             sync(temporary)
             put_in_place(temporary, final)
-            purge(root, keep=keep, healthy_step=healthy_step)
+            tidy(root, step, keep=keep, healthy_step=healthy_step)
 
     for stage in (begin, write, publish):
         try:
@@ -193,17 +190,13 @@ def remove_checkpoints_after(root: Path, step: int) -> None:
             remove_folder(folder)
 
 
-def purge(root: Path, *, keep: int, healthy_step: int = -1) -> None:
-    """Remove all but the newest `keep` checkpoints and the newest up to `healthy_step`."""
-    finished = list_checkpoints(root)
-    healthy = [path for path in finished if checkpoint_step(path) <= healthy_step][-1:]
-    for old in finished[:-keep]:
-        if old not in healthy:
-            remove_folder(old)
+def tidy(root: Path, step: int, *, keep: int, healthy_step: int = -1) -> None:
+    """Bring `root` to what a save at `step` leaves, for a run that has done so or goes on from there.
 
-
-def clean_up(root: Path) -> None:
-    """Remove what a killed process left half written or half removed; one process of a run may."""
+    What a killed process left half written or half removed goes, and of the checkpoints up to `step` all but
+    the newest `keep` and the newest up to `healthy_step`. Later ones are of no use where a run goes on from
+    an earlier one, but stay until it comes to them. One process of a run may call this, while none reads.
+    """
     for left in [*root.glob("step-*" + TEMPORARY), *root.glob("step-*" + REMOVING)]:
         shutil.rmtree(left)
     for aside in root.glob("step-*" + REPLACED):
@@ -212,6 +205,11 @@ def clean_up(root: Path) -> None:
             remove_folder(aside)
         else:
             os.replace(aside, final)
+    finished = [path for path in list_checkpoints(root) if checkpoint_step(path) <= step]
+    healthy = [path for path in finished if checkpoint_step(path) <= healthy_step][-1:]
+    for old in finished[:-keep]:
+        if old not in healthy:
+            remove_folder(old)
 
 
 def checkpoint_step(folder: Path) -> int:

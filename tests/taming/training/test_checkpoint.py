@@ -208,10 +208,28 @@ def test_what_a_killed_process_left_is_cleaned_up(accelerator: Accelerator, tmp_
     save(accelerator, tmp_path, 1, model, optimizer)
     for left in ("step-00000002.tmp", "step-00000000.removing", "step-00000001.old"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / left)
-    os.rename(tmp_path / "step-00000001", tmp_path / "step-00000003.old")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001.old", "step-00000003.old"]
-    checkpoint.clean_up(tmp_path)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000003.old")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-00000001.old", "step-00000001", "step-00000003.old",
+    ]  # fmt: skip
+    assert latest_checkpoint(tmp_path, up_to=2) == tmp_path / "step-00000001"
+    checkpoint.tidy(tmp_path, 3, keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000003"}
+    checkpoint.tidy(tmp_path, 3, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000003"}
+
+
+def test_later_ones_do_not_drive_out_those_a_run_goes_on_from(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    model, optimizer = make()
+    save(accelerator, tmp_path, 1, model, optimizer)
+    damaged = save(accelerator, tmp_path, 9, model, optimizer)
+    (damaged / "progress.json").write_text("{")
+    for number in (2, 3):
+        save(accelerator, tmp_path, number, model, optimizer)
+    assert [checkpoint.checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [2, 3, 9]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003"
 
 
 def test_the_newest_healthy_one_is_kept_besides(accelerator: Accelerator, tmp_path: Path) -> None:
