@@ -7,6 +7,7 @@ them is used: this module names no stage, help is quick, and other packages can 
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -83,7 +84,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        # A launcher's processes write to one terminal.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:
+            typer.echo(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

@@ -10,6 +10,8 @@ class UserError(ValueError):
     """Something that the user gave cannot be used."""
 
     exit_code: ClassVar[int] = 2
+    everywhere: bool = False
+    """Whether every process of a run raises it, so that the main one alone should say it."""
 
 
 class FaultError(UserError):

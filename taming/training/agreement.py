@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,10 +32,10 @@ class Agreement:
     ) -> tuple[int, Counter[str]]:
         """(the signal that asks all to stop, or 0; what all processes skipped in this step, by reason).
 
-        Raises `failure` on every process where there is one on any.
+        Raises `failure` on every process where there is one on any, unless all stop.
         """
         if world_size() == 1:
-            if failure is not None:
+            if failure is not None and not received:
                 raise failure
             return received, skipped
         values = [float(received == number) for number in STOPPING]
@@ -44,14 +43,13 @@ class Agreement:
         told = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(told, group=self._group)
         *asked, failed = told[: len(STOPPING) + 1].tolist()
-        if failed:
+        # SIGTERM goes before SIGINT where both came. What failed while all leave anyway may be of the
+        # signal itself: it went to data workers too.
+        stop = max((int(n) for n, times in zip(STOPPING, asked, strict=True) if times), default=0)
+        if failed and not stop:
             self._raise(failure)
-        counts = {
-            reason: int(n) for reason, n in zip(REASONS, told[len(STOPPING) + 1 :].tolist(), strict=True)
-        }
-        # SIGTERM goes before SIGINT where both came.
-        stop = next((int(n) for n in reversed(STOPPING) if asked[STOPPING.index(n)]), 0)
-        return stop, Counter({reason: n for reason, n in counts.items() if n})
+        counts = zip(REASONS, map(int, told[len(STOPPING) + 1 :].tolist()), strict=True)
+        return stop, Counter({reason: number for reason, number in counts if number})
 
     def stop_asked(self, received: int) -> int:
         """The signal that asks all to stop, or 0."""
@@ -66,7 +64,7 @@ class Agreement:
         except UserError as error:
             failure = error
         self.on_step(0, failure, Counter())
-        return result  # type: ignore[no-any-return]
+        return result
 
     def equal(self, value: str) -> list[str] | None:
         """Every process's `value`, by rank, where they differ; else None."""
@@ -82,9 +80,8 @@ class Agreement:
         mine = None if failure is None else (str(failure), isinstance(failure, FaultError))
         dist.all_gather_object(texts, mine, group=self._group)
         rank, (text, fault) = next((rank, told) for rank, told in enumerate(texts) if told is not None)
-        kind = FaultError if fault else UserError
-        raise kind(text if all(texts) else f"process {rank} of {len(texts)}: {text}")
-
-
-def signal_name(number: int) -> str:
-    return signal.Signals(number).name
+        error = (FaultError if fault else UserError)(
+            text if all(texts) else f"process {rank} of {len(texts)}: {text}"
+        )
+        error.everywhere = True
+        raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,20 @@ def train_or_describe(
     try:
         result = train(config, run_folder(training, source), resume=resume)
     except Interrupted as interruption:
-        typer.echo(str(interruption), err=True)
+        if _speaks():
+            typer.echo(str(interruption), err=True)
         raise typer.Exit(interruption.exit_code) from None
+    if not _speaks():
+        return
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
     for note in result.notes:  # again, since they may be far above
         typer.echo(note)
     typer.echo(f"model in {result.model}  {figures}")
+
+
+def _speaks() -> bool:
+    """Whether this is the process of a launcher's that says what all of them would."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_dry_run(config: Config, facts: dict[str, str], console: Console) -> None:

@@ -5,6 +5,7 @@ What is trained is a `Task`; this file knows nothing of it. Progress counts pict
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from taming.data.batch import to_device, validate_batch
 from taming.data.dataset import PictureDataset
 from taming.data.loader import TrainBatches, evaluation_batches, train_batches
 from taming.errors import UserError
-from taming.training.agreement import Agreement, signal_name
+from taming.training.agreement import Agreement
 from taming.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -30,7 +31,9 @@ from taming.training.checkpoint import (
     save_checkpoint,
 )
 from taming.training.config import TrainingConfig
-from taming.training.distributed import make_accelerator
+from taming.training.disk import check_disk
+from taming.training.distributed import launch_notes, make_accelerator
+from taming.training.drift import verify_processes
 from taming.training.guard import CollapseGuard
 from taming.training.lost import Roster
 from taming.training.resume import check_same_config, check_same_data, choose_checkpoint, run_lock
@@ -44,7 +47,9 @@ class Interrupted(Exception):
     """The run was told to stop, and saved itself. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal_name(number)}; go on from {checkpoint} with --resume auto")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; go on from {checkpoint} with --resume auto"
+        )
         self.exit_code = 128 + number
 
 
@@ -107,8 +112,13 @@ def run_training(
         loop = _Loop(
             accelerator, agreement, task, training, train_data, validation_data, run, tracker, signals
         )
+        agreement.together(
+            lambda: check_disk(run, task.modules(), task.optimizers(), training.keep_checkpoints)
+        )
         if main:
             save_config(config, run / "config.yaml")
+        for note in launch_notes(training.precision):
+            tracker.note(note)
         if checkpoint is not None:
             loop.resume(checkpoint)
         else:
@@ -188,6 +198,8 @@ class _Loop:
             text = self.skipped.add(skipped, self.pictures)
             for note in (*self.task.notes(), *([text] if text else ())):
                 self._tell(self.step, self.pictures, note)
+            if training.verify_processes_every and self.step % training.verify_processes_every == 0:
+                verify_processes(self.task.modules(), self.step)
             self._after_step()
         if not self.figures:  # resumed at the end: nothing was left to train, but perhaps to save
             self._evaluate()
@@ -307,6 +319,7 @@ class _Loop:
             progress,
             keep=self.training.keep_checkpoints,
             healthy_step=guard.healthy_step if guard is not None and guard.active else -1,
+            agreement=self.agreement,
         )
         if model:
             self._save_model()

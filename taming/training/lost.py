@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from taming.collective import world_size
+from taming.disk import NO_ROOM
 from taming.errors import FaultError
 
 GO_ON = "go on with --resume auto"
+DYING_SECONDS = 2.0
 # What gloo and NCCL say when the other end is gone, found by killing it.
 LOST_PEER = (
     "connection closed by peer",
@@ -72,7 +74,7 @@ class Roster:
         reason = (text.strip().splitlines() or [type(error).__name__])[0]
         lower = text.lower()
         here = f"process {dist.get_rank()}" if self.processes else "this process"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = f" ({error.filename})" if error.filename else ""
             return FaultError(f"the disk is full{where}: free some space and {GO_ON}")
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in lower:
@@ -81,7 +83,7 @@ class Roster:
                 f"training.batch_size or data.size, or set recompute where there is one, and {GO_ON}"
             )
         if self.processes and any(sign in lower for sign in LOST_PEER):
-            gone = [process for process in self.processes if process.gone]
+            gone = self._gone()
             who = ", ".join(f"process {p.rank} (pid {p.pid} on {p.host})" for p in gone)
             what = f"{who} died" if gone else "another process of the run died or cannot be reached"
             return FaultError(
@@ -93,6 +95,15 @@ class Roster:
                 f"{here} lost {_name(device)} ({reason}); look at it with nvidia-smi and dmesg, and {GO_ON}"
             )
         return None
+
+    def _gone(self) -> list[_Process]:
+        """Processes of this machine that are dead; one whose connection just broke may still be dying."""
+        end = time.monotonic() + DYING_SECONDS
+        while not (gone := [process for process in self.processes if process.gone]):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        return gone
 
 
 def _name(device: torch.device) -> str:

@@ -127,8 +127,8 @@ class Tracker:
             self._writer.add_scalar(f"{kind}/{name}", value, step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
         if self._progress is not None and self._live is not None and kind == "train":
-            rate = f"{figures.pop('pictures_per_second'):.1f} pictures/s"
-            self._progress.update(self._task, completed=step, rate=rate)
+            shown_pace = f"{figures.pop('pictures_per_second'):.1f} pictures/s"
+            self._progress.update(self._task, completed=step, rate=shown_pace)
             self._live.update(Group(self._progress, _columns(figures)))
         else:
             left = ""
