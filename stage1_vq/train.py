@@ -16,8 +16,10 @@ from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.gan.discriminators import build_discriminator
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.distributed import check_launch
 from taming.training.loop import RunResult, run_training
 from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
+from taming.training.sharding import refuse_sharding
 
 
 def train(
@@ -58,7 +60,9 @@ def fit_to_time(config: VQTrainConfig, data: PictureDataset, steps: int | None =
 
 
 def check(config: VQTrainConfig) -> None:
-    """Whether data and model fit. Raises UserError."""
+    """Whether data and model fit, and the launcher's wishes. Raises UserError."""
+    check_launch()
+    refuse_sharding("an autoencoder")
     factor = config.model.downsample_factor
     for name, pixels in zip(("height", "width"), config.data.height_width, strict=True):
         if pixels % factor:

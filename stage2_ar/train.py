@@ -17,13 +17,15 @@ from stage2_ar.conditions.text import keep_features_in
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
 from stage2_ar.fine_tuning import check_start
 from stage2_ar.memorisation import FixedSample
-from stage2_ar.task import ARTask, model_config
+from stage2_ar.task import ARTask, check_sharding, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.compiler import check_compiler
+from taming.training.distributed import check_launch
 from taming.training.loop import RunResult, run_training
+from taming.training.sharding import read_sharding
 
 
 def train(
@@ -131,7 +133,11 @@ def check(config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset) -> No
 
 
 def check_options(config: ARTrainConfig, values: ARModelConfig) -> None:
-    """Whether a start and a compiler that the config wants are there. Raises UserError."""
+    """Whether a start and a compiler that the config wants are there, and what the launcher asks for goes
+    with it. Raises UserError."""
+    check_launch()
+    if read_sharding() is not None:
+        check_sharding(config)
     if config.init_from is not None:
         check_start(values, config.init_from)
     if config.compile:
