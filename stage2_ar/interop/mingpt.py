@@ -120,6 +120,8 @@ def _sizes(weights: Mapping[str, Tensor], source: Path) -> dict[str, int]:
             f"checkpoint {source} holds no transformer of the published form: tok_emb.weight (V, D), pos_emb "
             "(1, T, D) and blocks.0.* are needed, with or without 'transformer.' before them"
         )
+    if max(layers) >= len(layers):
+        raise ArtifactError(f"checkpoint {source} has blocks.{max(layers)} and not all those before it")
     vocabulary, width = table.shape
     return {
         "vocab_size": vocabulary,

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from taming.data.annotations import read_annotations
 from taming.data.captions import read_captions
-from taming.data.channels import read_pixel_size, read_pixels
+from taming.data.check_pictures import PictureCheck
 from taming.data.config import FolderDataConfig
-from taming.data.findings import Finding, Findings, Progress, in_threads
+from taming.data.findings import Finding, Findings, Progress, duplicates, in_threads
 from taming.data.folder import (
     Entry,
-    MapKind,
     folders_of,
     key_of,
     list_pictures,
     map_kinds,
-    map_size,
     picture_folder,
-    same_aspect,
     scan_folder,
 )
-from taming.data.picture import read_depth, read_labels
-from taming.data.png import png_fault
-from taming.errors import BadSample, DataError
-
-_LARGE = 32_000_000
-"""Pictures of more pixels than this are decoded one at a time, so that memory does not grow with threads."""
+from taming.data.stored import MapKind
+from taming.errors import DataError
 
 
 def check_folder(
@@ -52,106 +42,37 @@ def check_folder(
     entries = _entries(config, folder, structure)
     _check_told(config, entries, structure)
     yield from structure.found
-    task = _Check(config, decode, _shared_sizes([entry.path for entry in entries]), threading.Lock())
+    task = _Check(config, decode, _shared_sizes([entry.path for entry in entries]))
     same: defaultdict[bytes, list[Path]] = defaultdict(list)
-    for number, (found, digest) in enumerate(in_threads(task, entries, workers), start=1):
+    results = in_threads(task, entries, workers)
+    for number, (entry, (found, digest)) in enumerate(zip(entries, results, strict=True), start=1):
         yield from found
         if digest is not None:
-            same[digest].append(entries[number - 1].path)
+            same[digest].append(entry.path)
         if progress is not None:
             progress(number, len(entries))
-    duplicates = Findings()
-    for first, *others in same.values():
-        if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            duplicates.add(
-                first, "duplicate", f"{first} holds the same bytes as {others[0]}{more}; keep one", others
-            )
-    yield from duplicates.found
+    yield from duplicates(same.values())
 
 
-@dataclass(frozen=True)
 class _Check:
-    """Looks at one picture and its maps."""
-
-    config: FolderDataConfig
-    decode: bool
-    shared_sizes: frozenset[int]
-    """Sizes in bytes that several pictures have: only those can be equal, and are hashed."""
-    large: threading.Lock
+    def __init__(self, config: FolderDataConfig, decode: bool, shared_sizes: frozenset[int]) -> None:
+        self._check = PictureCheck(config, decode=decode)
+        self._shared_sizes = shared_sizes
+        """Sizes in bytes that several pictures have: only those can be equal, and are hashed."""
 
     def __call__(self, entry: Entry) -> tuple[list[Finding], bytes | None]:
-        findings, config = Findings(), self.config
-        size = None
-        with findings.catch(entry.path):
-            size = read_pixel_size(entry.path, config.channels, max_pixels=config.max_pixels)
-        if size is not None:
-            self._check_picture(entry.path, size, findings)
-        for kind, path in entry.maps.items():
-            with findings.catch(path):
-                self._check_map(kind, path, entry.path, size)
+        findings = Findings()
+        self._check(entry.path, entry.maps, findings)
         return findings.found, self._digest(entry.path)
-
-    def _check_picture(self, path: Path, size: tuple[int, int], findings: Findings) -> None:
-        config = self.config
-        height, width = config.height_width
-        if (size[0] < height or size[1] < width) and not config.upscale:
-            detail = (
-                f"picture {path} is {size[1]}x{size[0]}, smaller than the crop {width}x{height}; remove it,"
-                " set data.upscale=true, or make data.size smaller"
-            )
-            findings.add(path, "too small", detail)
-        if self.decode:
-            with findings.catch(path), self._room(size):
-                read_pixels(path, config.channels, max_pixels=config.max_pixels)
-                _check_sums(path)
-
-    def _check_map(self, kind: MapKind, path: Path, picture: Path, size: tuple[int, int] | None) -> None:
-        """Raises DataError."""
-        config, limit = self.config, self.config.max_pixels
-        own = map_size(path, config, kind)
-        if self.decode:
-            with self._room(own):
-                if kind == "segmentation":
-                    labels = read_labels(path, max_pixels=limit)
-                    lowest, highest = int(labels.min()), int(labels.max())
-                    assert config.num_labels is not None
-                    if lowest < 0 or highest >= config.num_labels:
-                        raise DataError(
-                            f"map {path} holds labels from {lowest} to {highest}, but they lie in"
-                            f" [0, {config.num_labels}); mend it or set data.num_labels={highest + 1}"
-                        )
-                elif kind == "depth":
-                    read_depth(path, max_pixels=limit)
-                else:
-                    read_pixels(path, config.condition_channels, max_pixels=limit)
-                _check_sums(path)
-        if size is not None and not same_aspect(size, own):
-            raise DataError(
-                f"map {path} is {own[1]}x{own[0]}, but its picture {picture} is {size[1]}x{size[0]}: the"
-                " aspects differ; make the map cover the same view"
-            )
-
-    def _room(self, size: tuple[int, int]) -> threading.Lock | nullcontext[None]:
-        return self.large if size[0] * size[1] > _LARGE else nullcontext()
 
     def _digest(self, path: Path) -> bytes | None:
         try:
-            if path.stat().st_size not in self.shared_sizes or not path.is_file():
+            if path.stat().st_size not in self._shared_sizes or not path.is_file():
                 return None
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
         except OSError:
             return None  # reading it as a picture has said why
-
-
-def _check_sums(path: Path) -> None:
-    """Damage that left the pixels whole: training does not mind, but a copy went wrong. Raises BadSample."""
-    with path.open("rb") as file:
-        fault = png_fault(file)
-    if fault is not None:
-        what = "is cut off behind its pixels" if fault == "truncated" else "has a wrong checksum"
-        raise BadSample(f"picture {path} {what}, though its pixels can be read; fetch it again", fault)
 
 
 def _entries(config: FolderDataConfig, folder: Path, findings: Findings) -> list[Entry]:
@@ -201,7 +122,7 @@ def _pair(
                 f"picture {entry.path} has no map in {folder} (looked for {key}.*); add the map or remove"
                 " the picture"
             )
-            findings.add(entry.path, "mismatched", detail)
+            findings.add(entry.path, "missing", detail)
 
 
 def _check_told(config: FolderDataConfig, entries: Sequence[Entry], findings: Findings) -> None:

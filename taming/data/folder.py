@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from taming.data.annotations import read_annotations
 from taming.data.captions import read_captions
 from taming.data.channels import ARRAY_SUFFIX, read_pixel_size
-from taming.data.config import FolderDataConfig
+from taming.data.config import FolderDataConfig, PicturesConfig
 from taming.data.dataset import Split
 from taming.data.left_out import LeftOut, attempt
-from taming.data.picture import SUFFIXES, read_labels, read_size
+from taming.data.picture import SUFFIXES, Source, read_labels, read_size, suffix_of
 from taming.data.scenes import SceneObject
 from taming.data.stored import MAP_KINDS, MapKind, Stored, StoredDataset, held_out
 from taming.errors import BadSample, DataError
@@ -304,11 +304,11 @@ def _large_enough(entries: Sequence[Entry], config: FolderDataConfig, left_out: 
     return [entry for entry in entries if entry.key not in out]
 
 
-def map_size(path: Path, config: FolderDataConfig, kind: MapKind) -> tuple[int, int]:
+def map_size(path: Source, config: PicturesConfig, kind: MapKind) -> tuple[int, int]:
     """(H, W) of a map from its header. Raises DataError."""
     if kind == "condition_image":
         return read_pixel_size(path, config.condition_channels, max_pixels=config.max_pixels)
-    if path.suffix.lower() == ARRAY_SUFFIX:
+    if suffix_of(path) == ARRAY_SUFFIX:
         raise DataError(f"map {path} is an array; save data.{kind} as 8 or 16-bit grey pictures")
     return read_size(path, max_pixels=config.max_pixels)
 

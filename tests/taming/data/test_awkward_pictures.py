@@ -411,10 +411,10 @@ def test_a_check_finds_all_that_is_wrong_and_nothing_else(tmp_path: Path) -> Non
     shutil.copy(tmp_path / "rows.tif" / "rows.tif", tmp_path / "same.tif")
     config = build_config(FolderDataConfig, {"root": tmp_path, "size": 1})
     found = list(check_data(config, workers=4))
-    assert Counter((f.path.name, f.reason) for f in found if f.reason != "duplicate") == wanted
-    groups = [{path.name for path in (f.path, *f.others)} for f in found if f.reason == "duplicate"]
+    assert Counter((Path(f.path).name, f.reason) for f in found if f.reason != "duplicate") == wanted
+    groups = [{Path(path).name for path in (f.path, *f.others)} for f in found if f.reason == "duplicate"]
     assert groups == [{"rows.tif", "same.tif"}]
-    headers = {(f.path.name, f.reason) for f in check_data(config, decode=False)}
+    headers = {(Path(f.path).name, f.reason) for f in check_data(config, decode=False)}
     assert ("large.png", "too large") in headers
     assert ("page.jpg", "unreadable") in headers
     assert ("flipped.png", "checksum") not in headers
@@ -444,7 +444,7 @@ def test_arrays_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "right.npy").write_bytes(whole.getvalue())
     os.mkfifo(tmp_path / "pipe.npy")
     config = build_config(FolderDataConfig, {"root": tmp_path, "size": 1})
-    found = {f.path.stem: f.reason for f in check_data(config)}
+    found = {Path(f.path).stem: f.reason for f in check_data(config)}
     assert found == {"pipe": "unreadable"} | {name: reason for name, (_, reason) in cases.items()}
     for name, (data, reason) in cases.items():
         with pytest.raises(BadSample) as caught:
