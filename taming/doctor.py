@@ -53,7 +53,14 @@ def doctor(
     from rich.console import Console
     from rich.table import Table
 
-    findings = [*_software(), *_devices(), *_disk(out), *_weights(), *(_data(data, size) if data else ())]
+    findings = [
+        *_software(),
+        *_devices(),
+        _launcher(),
+        *_disk(out),
+        *_weights(),
+        *(_data(data, size) if data else ()),
+    ]
     colours = {"ok": "green", "note": "yellow", "fails": "red"}
     table = Table("", "what", "finding", box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in findings:
@@ -108,6 +115,32 @@ def _devices() -> Iterator[Finding]:
             )
         else:
             yield Finding("allocator", "ok", "keeps its memory between steps")
+
+
+def _launcher() -> Finding:
+    """What `accelerate launch` would do here without options."""
+    import yaml
+    from accelerate.commands.config.config_args import default_config_file
+
+    path, what = Path(default_config_file), "accelerate launch"
+    if not path.is_file():
+        return Finding(what, "ok", "no config of its own: a process for each GPU, or one")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind, processes = values["distributed_type"], int(values.get("num_processes", 1))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        return Finding(what, "note", f"{path} cannot be read ({error!r}); write it anew: accelerate config")
+    says = f"{path}: {kind}, {processes} process(es)"
+    sharding = values.get("fsdp_config") or {}
+    if kind == "FSDP" and sharding.get("fsdp_version") != 2:
+        return Finding(what, "note", f"{says}; training refuses it: set fsdp_version to 2")
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
+        return Finding(what, "note", f"{says}; training knows MULTI_GPU and FSDP only")
+    if values.get("use_cpu") and processes > 1:
+        return Finding(
+            what, "note", f"{says}, of which it starts one: use torchrun --nproc_per_node {processes}"
+        )
+    return Finding(what, "ok", says)
 
 
 def _disk(out: Path) -> Iterator[Finding]:

@@ -47,3 +47,24 @@ def test_a_folder_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch, 
     code, out = run("--out", str(tmp_path / "deep/runs"))
     assert code == 1
     assert "training.output" in out
+
+
+@pytest.mark.parametrize(
+    ("values", "state", "says"),
+    [
+        ("distributed_type: MULTI_GPU\nnum_processes: 4", "ok", "MULTI_GPU, 4 process"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "note", "set fsdp_version to 2"),
+        ("distributed_type: DEEPSPEED", "note", "MULTI_GPU and FSDP only"),
+        ("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 2", "note", "torchrun --nproc_per_node 2"),
+        ("[not, a, config]", "note", "accelerate config"),
+    ],
+)
+def test_what_accelerate_would_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, state: str, says: str
+) -> None:
+    file = tmp_path / "default_config.yaml"
+    file.write_text(values)
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
+    finding = doctor._launcher()
+    assert finding.state == state
+    assert says in finding.says
