@@ -65,6 +65,14 @@ def read_pixel_size(path: Source, channels: int, *, max_pixels: int = MAX_PIXELS
     return read_size(path, max_pixels=max_pixels)
 
 
+def read_any_size(path: Source, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) from the header, whatever channels there are. Raises BadSample."""
+    if suffix_of(path) == ARRAY_SUFFIX:
+        _, height, width = _open_array(path, None, max_pixels).shape
+        return height, width
+    return read_size(path, max_pixels=max_pixels)
+
+
 def file_mode(path: Source, channels: int) -> str:
     """Pillow's name for a picture file of so many channels. Raises DataError where there is none."""
     if channels not in FILE_CHANNELS:
@@ -75,7 +83,7 @@ def file_mode(path: Source, channels: int) -> str:
     return FILE_CHANNELS[channels]
 
 
-def _open_array(path: Source, channels: int, max_pixels: int) -> np.ndarray:
+def _open_array(path: Source, channels: int | None, max_pixels: int) -> np.ndarray:
     """The array as it lies in its file, mapped, its header checked."""
     check_is_file(path)
     try:
@@ -91,10 +99,10 @@ def _open_array(path: Source, channels: int, max_pixels: int) -> np.ndarray:
         if isinstance(error, EOFError) or any(word in str(error) for word in _CUT_OFF):
             reason = "truncated"
         raise BadSample(f"array {path} cannot be read: {error}; write it with numpy.save", reason) from None
-    if array.ndim != 3 or array.shape[0] != channels:
+    if array.ndim != 3 or channels not in (None, array.shape[0]):
         raise BadSample(
-            f"array {path} is {array.shape}, not (C, H, W) with {channels} channels; set data.channels, or "
-            "move the axis of the channels to the front",
+            f"array {path} is {array.shape}, not (C, H, W) with {channels or 'any'} channels; set"
+            " data.channels, or move the axis of the channels to the front",
             "mismatched",
         )
     if array.dtype not in (np.uint8, np.uint16, np.float32):

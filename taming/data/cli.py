@@ -1,13 +1,16 @@
-"""Find bad files before training does; make data to try the toolkit with."""
+"""Pack pictures as shards; find bad files before training does; make data to try the toolkit with."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from taming.options import DataOverride
+
+if TYPE_CHECKING:
+    from taming.data.pack import Packed
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -46,6 +49,88 @@ def scenes(
         f"train on them with: -o data.root={out} -o data.segmentation=segmentation"
         f" -o data.num_labels={_num_labels()}, or -o data.objects=objects.json, or -o data.text=captions"
     )
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="A folder of pictures, or a training config that names one.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the shards.")],
+    size_per_shard: Annotated[str, typer.Option(help="Bytes that a shard may have: 256M, 1G.")] = "256M",
+    samples_per_shard: Annotated[int | None, typer.Option(min=1, help="Samples that it may have.")] = None,
+    shuffle: Annotated[
+        int | None, typer.Option(min=0, help="Pack in the random order of this seed, not in that of names.")
+    ] = None,
+    override: DataOverride = None,
+) -> None:
+    """Pack a folder of pictures, with maps, labels, boxes and captions, as shards (tars) with an index."""
+    from taming.data.config import FolderDataConfig
+    from taming.data.pack import pack_folder
+    from taming.data.source import data_from
+    from taming.errors import UserError
+    from taming.options import progress_bar
+    from taming.units import parse_bytes
+
+    try:
+        shard_bytes = parse_bytes(size_per_shard)
+    except ValueError as error:
+        raise UserError(f"--size-per-shard {error}") from None
+    config = data_from(source, size=1, overrides=override or ())
+    if not isinstance(config, FolderDataConfig):
+        raise UserError(
+            f"{source} is data of kind {config.kind}, and a folder of pictures is packed; for the built-in"
+            " scenes write one with `taming data scenes`"
+        )
+    with progress_bar("pack") as report:
+        packed = pack_folder(
+            config,
+            out,
+            shard_bytes=shard_bytes,
+            shard_samples=samples_per_shard,
+            shuffle=shuffle,
+            progress=report,
+        )
+    _show_packed(packed, out)
+
+
+@app.command("index")
+def index_(
+    folder: Annotated[Path, typer.Argument(help="A folder of tars in webdataset's layout.")],
+    fields: Annotated[
+        str | None,
+        typer.Option(help="What every sample must have: image,text,...; default: what the first one has."),
+    ] = None,
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="Leave out samples whose files are bad, and count them.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a core.")] = None,
+) -> None:
+    """Check tars that others made, and write the index that makes them shards to train on."""
+    from typing import Any
+
+    from taming.data.shards_indexing import index_tars
+    from taming.options import progress_bar
+
+    names: Any = None if fields is None else [name.strip() for name in fields.split(",")]
+    with progress_bar("index") as report:
+        packed = index_tars(folder, fields=names, leave_out=leave_out, workers=workers, progress=report)
+    _show_packed(packed, folder)
+
+
+def _show_packed(packed: Packed, folder: Path) -> None:
+    from taming.options import printable
+    from taming.training.memory import format_bytes
+
+    index = packed.index
+    for note in packed.notes:
+        typer.echo(printable(note), err=True)
+    shards = f"{len(index.shards)} shard(s), {format_bytes(sum(shard.size for shard in index.shards))}"
+    typer.echo(f"{index.count} samples ({', '.join(index.fields)}) in {shards}, in {folder}")
+    given = ["" if kind == "label" else f" -o data.{kind}=true" for kind in index.fields if kind != "image"]
+    if "label" in index.fields:
+        given.append(" -o data.class_labels=true")
+    if index.num_labels is not None:
+        given.append(f" -o data.num_labels={index.num_labels}")
+    typer.echo(f"train on them with: -o data.kind=shards -o data.root={folder}{''.join(given)}")
 
 
 @app.command()
@@ -88,10 +173,10 @@ def check(
             "counts": dict(counts),
             "findings": [
                 {
-                    "path": str(finding.path),
+                    "path": finding.path,
                     "reason": finding.reason,
                     "detail": finding.detail,
-                    "others": [str(path) for path in finding.others],
+                    "others": list(finding.others),
                 }
                 for finding in found
             ],

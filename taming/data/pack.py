@@ -39,6 +39,15 @@ Progress = Callable[[int, int], None]
 NAME = "pictures"
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What was written."""
+
+    index: ShardIndex
+    notes: list[str]
+    """What a user should know: what was left out."""
+
+
 def pack_folder(
     config: FolderDataConfig,
     out: Path,
@@ -47,7 +56,7 @@ def pack_folder(
     shard_samples: int | None = None,
     shuffle: int | None = None,
     progress: Progress | None = None,
-) -> ShardIndex:
+) -> Packed:
     """Write all pictures of a folder, with what the config says belongs to them, as shards in `out`.
 
     A shard is full before it would exceed `shard_bytes`, or at `shard_samples`. Samples keep the folder's
@@ -70,12 +79,13 @@ def pack_folder(
     try:
         with whole_folder(out) as folder:
             index = _write(samples, dataset, folder, shard_bytes, shard_samples, progress)
+            notes = list(dataset.notes)
     except OSError as error:
         raise DataError(
             f"{out} was not written ({error}); it needs about {format_bytes(needed)}: free that much or give"
             " --out on another disk"
         ) from None
-    return index
+    return Packed(index, notes)
 
 
 def _write(

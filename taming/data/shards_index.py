@@ -176,7 +176,8 @@ class Entries:
         if self.caption_ends is not None:
             tensors["captions"] = np.frombuffer(self.captions, np.uint8)
             tensors["caption_ends"] = self.caption_ends.astype(np.int64)
-        return save(tensors, {"format": FORMAT, "suffixes": json.dumps(self.suffixes)})
+        # One text: the library writes several in an order that differs from run to run.
+        return save(tensors, {"suffixes": json.dumps(self.suffixes)})
 
 
 def parse_entries(

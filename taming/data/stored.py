@@ -20,6 +20,7 @@ from taming.data.dataset import PictureDataset
 from taming.data.picture import Source, read_depth, read_labels
 from taming.data.scenes import SceneObject
 from taming.data.transforms import Crop, choose_crop, crop_depth, crop_labels, uniforms
+from taming.errors import BadSample
 
 MapKind = Literal["segmentation", "depth", "condition_image"]
 MAP_KINDS: tuple[MapKind, ...] = ("segmentation", "depth", "condition_image")
@@ -58,6 +59,12 @@ class StoredDataset(PictureDataset):
         for kind, source in stored.maps.items():
             if kind == "segmentation":
                 labels = crop_labels(read_labels(source, max_pixels=limit), crop, self.size)
+                if labels.min() < 0 or labels.max() >= self.num_labels:
+                    raise BadSample(
+                        f"map {source} holds labels from {labels.min()} to {labels.max()}; they lie in"
+                        f" [0, {self.num_labels})",
+                        "mismatched",
+                    )
                 sample[kind] = torch.from_numpy(labels)
             elif kind == "depth":
                 depth = crop_depth(read_depth(source, max_pixels=limit), crop, self.size)
