@@ -9,7 +9,6 @@ import io
 import math
 
 import numpy as np
-from einops import rearrange
 
 from taming.data.picture import (
     MAX_PIXELS,
@@ -20,7 +19,7 @@ from taming.data.picture import (
     read_size,
     suffix_of,
 )
-from taming.data.transforms import Crop, crop_picture, crop_plane, needed_size
+from taming.data.transforms import Crop, crop_picture, crop_plane, needed_size, planes_of
 from taming.errors import BadSample, DataError
 
 ARRAY_SUFFIX = ".npy"
@@ -51,9 +50,7 @@ def read_pixels(
     image = read_picture(path, at_least=at_least, max_pixels=max_pixels, mode=mode)
     if image.mode == "F":  # deep grey
         return _cut(np.array(image)[None], crop, size)
-    pixels = np.asarray(image) if crop is None or size is None else crop_picture(image, crop, size)
-    planes = pixels[None] if pixels.ndim == 2 else rearrange(pixels, "h w c -> c h w")
-    return np.array(planes, order="C")  # torch wants memory that it may write to
+    return planes_of(image) if crop is None or size is None else crop_picture(image, crop, size)
 
 
 def read_pixel_size(path: Source, channels: int, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -276,7 +276,7 @@ def _convert(image: Image.Image, path: Source, mode: str) -> Image.Image:
             return image
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB").convert(mode)
-    return image.convert(mode) if image.mode == mode else image.convert("RGB").convert(mode)
+    return image if image.mode == mode else image.convert("RGB").convert(mode)
 
 
 def _deep_grey(image: Image.Image, path: Source) -> np.ndarray:

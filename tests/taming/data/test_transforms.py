@@ -50,7 +50,7 @@ def test_picture_labels_and_depth_stay_aligned(
     chosen = choose_crop(
         picture, crop, resize=resize, upscale=True, position=position, scale=scale, flip=flip
     )
-    seen = crop_picture(image, chosen, crop)[..., 0] / 255
+    seen = crop_picture(image, chosen, crop)[0] / 255
     told = crop_labels(labels, chosen, crop)
     deep = crop_depth(coarse.astype(np.float32), chosen, crop)
     assert seen.shape == told.shape == deep.shape == crop
@@ -98,6 +98,26 @@ def test_the_shorter_side_is_brought_to_resize() -> None:
     covering = choose_crop((100, 200), (50, 50))
     assert (covering.height, covering.width) == pytest.approx((1.0, 0.5))
     assert needed_size(covering, (50, 50)) == (100, 200)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    picture=sizes, position=st.tuples(shares, shares), flip=st.booleans(), mode=st.sampled_from(["L", "RGB"])
+)
+def test_a_crop_that_is_not_scaled_holds_pixels_of_the_picture(
+    picture: tuple[int, int], position: tuple[float, float], flip: bool, mode: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*picture, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    size = (min(picture), 24)
+    chosen = choose_crop(picture, size, resize=min(picture), position=position, flip=flip)
+    top, left = round(chosen.top * picture[0]), round(chosen.left * picture[1])
+    expected = np.atleast_3d(np.asarray(image))[top : top + size[0], left : left + 24]
+    seen = crop_picture(image, chosen, size)
+    assert np.array_equal(seen, (expected[:, ::-1] if flip else expected).transpose(2, 0, 1))
+    assert seen.flags.writeable
+    filtered = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + 24, top + size[0]))
+    assert np.array_equal(np.atleast_3d(np.asarray(filtered)), expected)
 
 
 def test_labels_take_the_value_at_each_centre_and_mirror() -> None:
