@@ -8,13 +8,13 @@ Axes: B samples, N = h * w cells.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stage2_ar.chance import sample_generator
 from stage2_ar.config import RandomOrderConfig
 
 
@@ -37,8 +37,7 @@ def sample_orders(own: Tensor, share: float, seed: int, step: int, keys: Sequenc
     """
     rows: list[Tensor | None] = []
     for key in keys:
-        digest = hashlib.blake2b(f"{seed}/{step}/{key}/order".encode(), digest_size=16).digest()
-        random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        random = sample_generator(seed, step, key, "order")
         if random.random() < share:
             rows.append(torch.from_numpy(np.argsort(random.random(len(own)), kind="stable")))
         else:

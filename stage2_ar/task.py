@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from stage1_vq import VQModel
 from stage1_vq.inputs import as_picture, restored
 from stage2_ar.best_model import BestModel
+from stage2_ar.chance import sample_uniforms
 from stage2_ar.codes import codes_of
 from stage2_ar.conditions.tokenizers import attach_named, without_paths
 from stage2_ar.config import ARModelConfig, ARTrainConfig
@@ -27,13 +27,16 @@ from stage2_ar.random_order import random_share, sample_orders
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.shown import condition_rows
 from stage2_ar.transformer import code_log_likelihood, next_code_loss
-from taming.collective import mean_over_processes, sum_over_processes
+from taming.collective import sum_over_processes
 from taming.data.batch import to_device
 from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
 from taming.errors import ConfigError, UserError
-from taming.training.distributed import launch_notes
+from taming.training.distributed import launch_notes, reduced_if
+from taming.training.drift import verify_processes
 from taming.training.ema import Ema
+from taming.training.finite import NonFiniteSteps, exchange
+from taming.training.gradients import OwnGradients, clip_gradients, gradient_norm
 from taming.training.schedule import learning_rate, set_learning_rate
 from taming.training.sharded import (
     WholeCopy,
@@ -102,6 +105,7 @@ class ARTask:
         self.watch: MemorisationWatch | None = None
         if probe is not None and config.memorisation is not None:
             self.watch = MemorisationWatch(config.memorisation)
+        self.nonfinite = NonFiniteSteps(config.training.on_nonfinite)
         self.whole: WholeCopy | None = None
         """Where the weights are sharded: those that are evaluated, in one piece."""
         self._step = 0
@@ -112,7 +116,6 @@ class ARTask:
         Raises ConfigError for what does not go with the launcher's sharding.
         """
         self.accelerator, self.total_steps = accelerator, total_steps
-        self._notes += launch_notes(self.config.training.precision)
         sharding = read_sharding()
         if sharding is not None and accelerator.num_processes > 1:
             self._shard(sharding)
@@ -127,6 +130,7 @@ class ARTask:
         # A shell, since accelerate changes the forward of what it is given: the model stays as it is.
         shell = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
         self._loss: nn.Module = accelerator.prepare_model(shell)
+        self._own_gradients = OwnGradients(self._loss)
         self._optimizers = transformer_optimizers(self.model, self.config.optimizer)
 
     def _shard(self, sharding: Sharding) -> None:
@@ -138,6 +142,7 @@ class ARTask:
         self.model.transformer.recompute = self.config.recompute or sharding.recompute
         # Weights go to the device a block at a time: all of them at once need not fit.
         self._loss = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
+        self._own_gradients = OwnGradients(self._loss)
         bf16 = self.accelerator.mixed_precision == "bf16" and device.type == "cuda"
         shard(
             self._loss,
@@ -161,7 +166,8 @@ class ARTask:
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update; returns the loss in nats (with smoothing) and bits a code, equal on all processes.
 
-        Raises UserError, before anything moves, where the loss is not finite.
+        Where the loss or a gradient is not finite, on any process, nothing moves and nothing is returned:
+        the step is left out where the config says so, else UserError is raised.
         """
         if step == 0 and self._start_note is not None:
             self._notes.append(self._start_note)
@@ -176,20 +182,23 @@ class ARTask:
         for number, batch in enumerate(micro_batches):
             codes = self._codes(batch)
             order = self._random_orders(codes, batch, step)
-            last = number == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._loss):
+            if "key" in batch:
+                batch = {**batch, "chance": (self.config.training.seed, step)}
+            with reduced_if(number == len(micro_batches) - 1, self.accelerator, self._loss):
                 with self.accelerator.autocast():
                     values = self._loss(codes, batch, order) / len(micro_batches)
                 self.accelerator.backward(values[0])
             sums += values.detach()
-        sums = mean_over_processes(sums)
-        if not torch.isfinite(sums).all():
-            raise UserError(
-                f"training diverged at step {step}: the loss is not finite; lower optimizer.learning_rate, "
-                "set training.clip_norm, or use training.precision=fp32, and resume"
-            )
-        if self.config.training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.clip_norm)
+        own, norm = self._own_gradients.take(), gradient_norm(self.model.parameters())
+        losses = {"loss": sums[0], "bits_per_code": sums[1] / math.log(2)}
+        told = exchange(losses, {"model": norm}, {} if own is None else {"model": own})
+        if told.wrong is not None:
+            for optimizer in self._optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            self._notes.append(self.nonfinite.refuse(step, told.wrong))
+            return {}
+        self.nonfinite.made()
+        clip_gradients(self.model.parameters(), norm, self.config.training.clip_norm)
         for optimizer in self._optimizers.values():
             optimizer.step()
         if self.ema is not None:
@@ -197,7 +206,10 @@ class ARTask:
         self._step = step + 1
         if self.whole is not None and self._preview_follows():
             self.whole.take(self._averaged())
-        return {"loss": sums[0], "bits_per_code": sums[1] / math.log(2)}
+        every = self.config.training.verify_processes_every
+        if every is not None and (step + 1) % every == 0:
+            verify_processes(self.modules(), step + 1)
+        return {**told.means, "gradient_model": told.norms["model"]}
 
     def _random_orders(self, codes: Tensor, batch: Batch, step: int) -> Tensor | None:
         """Orders (B, h * w) of the samples where some are random in this step."""
@@ -293,7 +305,7 @@ class ARTask:
     def modules(self) -> dict[str, nn.Module]:
         """Everything that has state, unwrapped, by name."""
         named: dict[str, nn.Module | None] = {"model": self.model, "ema": self.ema}
-        named |= {"best": self.best, "memorisation": self.watch}
+        named |= {"best": self.best, "memorisation": self.watch, "nonfinite": self.nonfinite}
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -348,7 +360,8 @@ class _Loss(nn.Module):
 
     def forward(self, codes: Tensor, batch: Batch, order: Tensor | None = None) -> Tensor:
         """(2,): what is minimised, and the cross-entropy alone; nats a code."""
-        logits = self.model(disturbed(codes, self.pkeep, self.model.config.vocabulary_size), batch, order)
+        inputs = disturbed(codes, self.pkeep, self.model.config.vocabulary_size, batch)
+        logits = self.model(inputs, batch, order)
         flat = codes.flatten(1)
         loss = next_code_loss(logits, flat, smoothing=self.smoothing)
         with torch.no_grad():
@@ -356,10 +369,15 @@ class _Loss(nn.Module):
         return torch.stack((loss, plain))
 
 
-def disturbed(codes: Tensor, pkeep: float, vocabulary_size: int) -> Tensor:
-    """Codes of which each is kept with the probability `pkeep`, else drawn from all; they stay as they are
-    at 1. Draws from torch's generator, which checkpoints hold."""
+def disturbed(codes: Tensor, pkeep: float, vocabulary_size: int, batch: Batch) -> Tensor:
+    """Codes (B, h, w) of which each is kept with the probability `pkeep`, else drawn from all; they stay as
+    they are at 1. The draws follow from `chance` where the batch has one, else from torch's generator."""
     if pkeep == 1:
         return codes
-    kept = torch.rand(codes.shape, device=codes.device) < pkeep
-    return torch.where(kept, codes, torch.randint_like(codes, vocabulary_size))
+    if "chance" not in batch:
+        draws = torch.rand(2, *codes.shape, device=codes.device)
+    else:
+        seed, step = batch["chance"]
+        rows = sample_uniforms(seed, step, batch["key"], "pkeep", 2 * codes[0].numel())
+        draws = rows.view(len(codes), 2, *codes.shape[1:]).transpose(0, 1).to(codes.device)
+    return torch.where(draws[0] < pkeep, codes, (draws[1] * vocabulary_size).long())

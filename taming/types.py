@@ -28,6 +28,7 @@ crop             (B, 4) float in [0, 1]: (x0, y0, x1, y1) of the sample's frame 
 objects          list of B lists of dicts {"label": int, "box": (x0, y0, x1, y1) in [0, 1]}
 text             list of B strings
 key              list of B strings that name the samples
+chance           (seed, step): what is drawn at random in training is a function of it and of `key`
 """
 
 

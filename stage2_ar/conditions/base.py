@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from stage2_ar.chance import sample_uniforms
 from taming.data.dataset import PictureDataset
 from taming.errors import UserError
 from taming.types import Batch, Prefix, Segment
@@ -36,6 +37,8 @@ class Condition(nn.Module, ABC):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
+        self.part = ""
+        """What tells it from the other parts of a combined condition."""
         # In a list, so that the table stays the transformer's parameter and is not counted or saved twice.
         self._attached: list[nn.Embedding] = []
 
@@ -75,19 +78,25 @@ class Condition(nn.Module, ABC):
     def forward(self, batch: Batch, grid: Grid) -> Prefix:
         """The prefix of a batch for a grid (h, w), which may be larger than the transformer's.
 
-        In training mode each sample is replaced by null with the probability `dropout`.
+        In training mode each sample is replaced by null with the probability `dropout`: which ones follows
+        from the batch's `chance`, where it has one.
         Raises UserError where the condition is missing, out of range or of the wrong size.
         """
         batch = self.derive(batch)
         self.check(batch, grid)
-        return self.drop(self.embed(batch, grid), grid)
+        return self.drop(self.embed(batch, grid), grid, batch)
 
-    def drop(self, prefix: Prefix, grid: Grid) -> Prefix:
+    def drop(self, prefix: Prefix, grid: Grid, batch: Batch) -> Prefix:
         """In training mode: each sample's prefix replaced by null with the probability `dropout`."""
         if not (self.training and self.dropout > 0):
             return prefix
         size, device = prefix.embeddings.shape[0], prefix.embeddings.device
-        dropped = torch.rand(size, device=device) < self.dropout
+        if "chance" in batch:
+            seed, step = batch["chance"]
+            draws = sample_uniforms(seed, step, batch["key"], f"condition{self.part}", 1)[:, 0].to(device)
+        else:
+            draws = torch.rand(size, device=device)
+        dropped = draws < self.dropout
         return mix_prefixes(dropped, self.null(size, grid, device), prefix)
 
     def windows(self, batch: Batch, grid: Grid, size: Grid) -> WindowPrefix:

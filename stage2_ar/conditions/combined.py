@@ -44,6 +44,8 @@ class CombinedCondition(Condition):
                 )
         self.keys = keys
         self.parts = nn.ModuleList(parts)
+        for number, part in enumerate(parts):
+            part.part = f"{self.part}/{number}"
 
     @property
     def members(self) -> list[Condition]:
@@ -80,7 +82,7 @@ class CombinedCondition(Condition):
         return batch
 
     def embed(self, batch: Batch, grid: Grid) -> Prefix:
-        return join_prefixes([part.drop(part.embed(batch, grid), grid) for part in self.members])
+        return join_prefixes([part.drop(part.embed(batch, grid), grid, batch) for part in self.members])
 
     def windows(self, batch: Batch, grid: Grid, size: Grid) -> WindowPrefix:
         parts = [part.windows(batch, grid, size) for part in self.members]

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from taming.collective import gather_rows, world_size
 from taming.errors import UserError
+from taming.training.sharded import state_in_parts
 
 
 def verify_processes(modules: Mapping[str, nn.Module], step: int) -> None:
@@ -22,10 +22,12 @@ def verify_processes(modules: Mapping[str, nn.Module], step: int) -> None:
     """
     if world_size() == 1:
         return
+    from torch.distributed.tensor import DTensor
+
     state = {
         f"{name}/{key}": value
         for name, module in modules.items()
-        for key, value in module.state_dict().items()
+        for key, value in state_in_parts(module).items()
         if not isinstance(value, DTensor)
     }
     device = next((value.device for value in state.values() if value.device.type != "cpu"), "cpu")

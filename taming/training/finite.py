@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taming.collective import process_rank, sum_over_processes, world_size
 from taming.errors import UserError
+from taming.training.gradients import whole_norm
 from taming.training.host_state import HostState
 
 MOST_IN_A_ROW = 100
@@ -31,6 +32,8 @@ class StepValues:
     """The same on the host."""
     wrong: str | None
     """What is not finite, and on which process; None where everything is."""
+    norms: dict[str, Tensor]
+    """Detached () fp32 each: the lengths of the players' gradients."""
     counts: Tensor | None
     """(K,) int64: the sum of all processes' counts, where they were given."""
 
@@ -54,7 +57,7 @@ def exchange(
     parts = [table.flatten()] if counts is None else [table.flatten(), counts.double()]
     told = sum_over_processes(torch.cat(parts))
     rows = told[: table.numel()].view_as(table)
-    lengths = [norm.detach().double().reshape(1) for norm in norms.values()]
+    lengths = [whole_norm(norm).detach().double().reshape(1) for norm in norms.values()]
     host = torch.cat((rows.flatten(), *lengths)).tolist()
     columns = {name: host[place : table.numel() : len(row)] for place, name in enumerate((*values, *own))}
     means = rows.mean(0)[: len(values)].float()
@@ -62,6 +65,7 @@ def exchange(
         means=dict(zip(values, means.unbind(), strict=True)),
         read={name: sum(columns[name]) / len(table) for name in values},
         wrong=_wrong(columns, values, dict(zip(norms, host[table.numel() :], strict=True)), own),
+        norms={name: length.float().squeeze(0) for name, length in zip(norms, lengths, strict=True)},
         counts=None if counts is None else told[table.numel() :].long(),
     )
 

@@ -7,18 +7,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+
+from taming.collective import world_size
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Length () of all gradients together, on their device; not finite where one of them is not.
 
-    Of sharded ones the whole length: then every process must call it.
+    Of sharded ones it is sharded too: `whole_norm` tells it.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def whole_norm(norm: Tensor) -> Tensor:
+    """A length () that may be sharded, in one piece: then every process must call it."""
+    if world_size() == 1:
+        return norm
+    from torch.distributed.tensor import DTensor
+
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -175,11 +175,11 @@ def test_a_model_of_random_orders_says_so(tokenizer: VQModel) -> None:
 def test_only_inputs_are_disturbed() -> None:
     torch.manual_seed(0)
     codes = torch.zeros(4, 40, 40, dtype=torch.int64)
-    found = disturbed(codes, 0.8, 10)
+    found = disturbed(codes, 0.8, 10, {})
     assert 0.15 < float((found != 0).float().mean()) < 0.21  # a tenth of the random ones are 0 again
     assert set(found.unique().tolist()) == set(range(10))
     assert torch.equal(codes, torch.zeros_like(codes))
-    assert disturbed(codes, 1.0, 10) is codes
+    assert disturbed(codes, 1.0, 10, {}) is codes
 
 
 def test_targets_stay_where_inputs_are_disturbed(tokenizer: VQModel) -> None:
