@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from taming.config import read_yaml
-from taming.data.config import FolderDataConfig, ScenesDataConfig
+from taming.config import build_config, parse_override, read_yaml, set_value
+from taming.data.config import (
+    DataConfig,
+    FolderDataConfig,
+    PicturesConfig,
+    ScenesDataConfig,
+    ShardsDataConfig,
+)
 from taming.data.findings import Finding, Progress
 from taming.errors import DataError
 
 
 def check_data(
-    config: FolderDataConfig | ScenesDataConfig,
+    config: DataConfig,
     *,
     workers: int | None = None,
     decode: bool = True,
@@ -28,6 +35,10 @@ def check_data(
             from taming.data.check_folder import check_folder
 
             return check_folder(config, workers=workers, decode=decode, progress=progress)
+        case ShardsDataConfig():
+            from taming.data.check_shards import check_shards
+
+            return check_shards(config, workers=workers, decode=decode, progress=progress)
         case ScenesDataConfig():
             raise DataError("the built-in scenes are drawn, not read from files: there is nothing to check")
 
@@ -40,24 +51,35 @@ def check_source(
     decode: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Finding]:
-    """`check_data` of what a user means by DATA: a folder, a training config, or a folder of codes.
+    """`check_data` of what a user means by DATA.
 
-    `overrides` are "key=value" of the data section. Raises UserError.
+    A folder of pictures; shards, a folder of them with or without an index, an address, or one tar; a
+    training config; a folder of codes. `overrides` are "key=value" of the data section. Raises UserError.
     """
     from taming.data.source import data_from
 
-    codes = _folder_of_codes(Path(source))
+    path = Path(source)
+    codes = _folder_of_codes(path)
     if codes is not None:
         from taming.data.check_codes import check_codes
 
         if overrides:
-            raise DataError(
-                f"{source} holds codes, which no option of data changes; leave out {overrides[0]}"
-            )
+            raise DataError(f"{source} holds codes, which no option changes; leave out {overrides[0]}")
         return check_codes(codes, decode=decode, progress=progress)
-    # One pixel: without a config nothing says how large pictures must be.
-    config = data_from(source, size=1, overrides=overrides)
-    return check_data(config, workers=workers, decode=decode, progress=progress)
+    tars = _bare_tars(path)
+    if tars:
+        from taming.data.check_shards import check_tars
+
+        # One pixel: nothing says how large pictures must be.
+        values: dict[str, Any] = {"size": 1}
+        for override in overrides:
+            key, value = parse_override(override)
+            set_value(values, key.removeprefix("data."), value)
+        config = build_config(PicturesConfig, values, source=source)
+        return check_tars(tars, config, workers=workers, decode=decode, progress=progress)
+    return check_data(
+        data_from(source, size=1, overrides=overrides), workers=workers, decode=decode, progress=progress
+    )
 
 
 def _folder_of_codes(path: Path) -> Path | None:
@@ -71,3 +93,12 @@ def _folder_of_codes(path: Path) -> Path | None:
         return None
     with index.open("rb") as file:
         return path if b'"taming-codes/' in file.read(200) else None
+
+
+def _bare_tars(path: Path) -> list[Path]:
+    """Tars without an index that can be read as one of shards."""
+    from taming.data.source import is_pack
+
+    if path.is_file() and path.suffix == ".tar":
+        return [path]
+    return sorted(path.glob("*.tar")) if path.is_dir() and not is_pack(str(path)) else []
