@@ -14,6 +14,7 @@ n samples, V views of each: the same picture under other crops and flips, made a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,7 +59,8 @@ class CodeIndex:
     num_labels: int
     provides: list[str]
     splits: dict[str, list[dict[str, Any]]]
-    """Split -> shards, each {"file", "keys", and text or objects where the data has them}."""
+    """Split -> shards, each {"file", "keys", "size" in bytes, "sha256", and text or objects where the data
+    has them}; shards of earlier folders have no size and hash."""
     object_names: list[str] = field(default_factory=list)
     told_by_view: bool = False
     """Whether each sample has a list of its views' text and objects, else those of view 0 alone: boxes are
@@ -98,7 +101,8 @@ def write_codes(
             tensors, entry = _encode_rows(model, dataset, rows, views, keep, batch_size, device, progress)
             entry["file"] = f"{split}-{number:05d}.safetensors"
             with room_for("codes", folder):
-                write_tensors(folder / entry["file"], tensors)
+                written = write_tensors(folder / entry["file"], tensors)
+            entry.update(written._asdict())
             splits[split].append(entry)
     reference = next(iter(datasets.values()))
     factor = model.spec.downsample_factor
@@ -154,7 +158,11 @@ def read_shards(
             raise DataError(
                 f"{folder / INDEX} names the shard {entry['file']!r}, which is not there; encode again"
             )
-        tensors = load_file(path)
+        _check_bytes(path, entry)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise DataError(f"{path} cannot be read ({error}); encode again") from None
         count = len(entry["keys"])
         told = {name: entry[name] for name in PLAIN_KEYS if name in entry}
         wrong = [name for name, value in {**tensors, **told}.items() if len(value) != count]
@@ -164,6 +172,17 @@ def read_shards(
         if ((codes < 0) | (codes >= index.codebook_size)).any():
             raise DataError(f"{path} holds codes outside [0, {index.codebook_size}); encode again")
         yield tensors, entry
+
+
+def _check_bytes(path: Path, entry: dict[str, Any]) -> None:
+    """Raises DataError where a shard is not the file that its entry speaks of."""
+    size = path.stat().st_size
+    if entry.get("size", size) != size:
+        raise DataError(f"{path} has {size} bytes, not the {entry['size']} that {INDEX} says; encode again")
+    if "sha256" in entry:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise DataError(f"{path} holds other bytes than {INDEX} says; encode again")
 
 
 def _check_kept(keep: Collection[str], dataset: PictureDataset) -> None:

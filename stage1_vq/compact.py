@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -167,14 +168,17 @@ def rewrite_codes(source: Path, target: Path, model: VQModel, code_map: CodeMap)
     """Write the folder of codes `source` in the numbering of the compacted `model` to the new `target`."""
     index = read_index(source)
     target.mkdir(parents=True)
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in index.splits}
     for split in ("train", "validation"):
         for tensors, entry in read_shards(source, index, split):
             tensors["codes"] = code_map.codes(tensors["codes"]).int()
             with room_for("codes", target):
-                write_tensors(target / entry["file"], tensors)
+                written = write_tensors(target / entry["file"], tensors)
+            splits[split].append({**entry, **written._asdict()})
     values = vars(index) | {
         "tokenizer_hash": model.codes_hash(),
         "codebook_size": model.spec.codebook_size,
+        "splits": splits,
     }
     model.save_pretrained(target / "tokenizer")
     # Last, so that a folder with an index is whole.

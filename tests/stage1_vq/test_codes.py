@@ -128,7 +128,24 @@ def test_a_size_that_does_not_fit_is_told_before_anything_is_written(
 
 def test_damage_is_refused_by_name(folder: Path) -> None:
     shard = folder / "train-00000.safetensors"
-    tensors = load_file(shard)
+    tensors, written = load_file(shard), shard.read_bytes()
+    shard.write_bytes(written[:-1])
+    with pytest.raises(DataError, match=rf"has {len(written) - 1} bytes, not the {len(written)}"):
+        CodeDataset(folder, "train")
+    shard.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    with pytest.raises(DataError, match="other bytes than"):
+        CodeDataset(folder, "train")
+    # Folders of before have neither sizes nor hashes, and load.
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["splits"]["train"]:
+        assert entry.pop("size") > 0
+        del entry["sha256"]
+    (folder / "index.json").write_text(json.dumps(index))
+    shard.write_bytes(written)
+    assert len(CodeDataset(folder, "train")) == 7
+    shard.write_bytes(written[:-1])
+    with pytest.raises(DataError, match="cannot be read"):
+        CodeDataset(folder, "train")
     save_file({**tensors, "codes": tensors["codes"] + 16}, shard)
     with pytest.raises(DataError, match=r"train-00000.*outside \[0, 16\)"):
         CodeDataset(folder, "train")
