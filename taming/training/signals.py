@@ -24,6 +24,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self._first = 0.0
+        self._left = threading.Event()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -48,6 +49,7 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_pipe)
+        self._left.set()
         os.write(self._pipe[1], END)
         self._watcher.join()
         for end in self._pipe:
@@ -69,5 +71,6 @@ class Signals:
             if first is None:
                 first = now
             elif now - first > SAME_SECONDS:
-                time.sleep(LEAVE_SECONDS)
-                os._exit(128 + number)
+                if not self._left.wait(LEAVE_SECONDS):
+                    os._exit(128 + number)
+                return
