@@ -22,6 +22,7 @@ from taming.gan.augment import View, draw_view
 from taming.gan.discriminators import build_discriminator, load_discriminator, save_discriminator
 from taming.gan.losses import discriminator_loss, generator_loss
 from taming.gan.regularisers import LeCam, gradient_penalty
+from taming.gan.spectral_norm import SpectralConv2d
 from taming.training.distributed import reduced_if
 from taming.training.gradients import OwnGradients
 from taming.training.guard import CollapseGuard
@@ -103,6 +104,7 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         changing = [tensor for part in self.discriminator.modules() for tensor in _changed_by_forward(part)]
         self._before = [(tensor, tensor.detach().clone()) for tensor in changing]
+        self._directions: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def undo_step(self) -> None:
@@ -141,6 +143,7 @@ class Adversary:
         """
         if not self.factor(step):
             return None
+        self._turn_back("judge")
         # Unwrapped and without weight gradients: this pass judges, it does not learn.
         with frozen(self.discriminator), self.accelerator.autocast():
             logits = self.discriminator(view(picture)).float()
@@ -171,6 +174,7 @@ class Adversary:
 
         `last`: no other micro-batch of the step follows.
         """
+        self._turn_back("teach")
         r1 = self.config.r1
         penalised = r1 is not None and r1.due(step)
         real, fake = view(real), view(fake)
@@ -198,6 +202,18 @@ class Adversary:
                 logs["r1"] = penalty.detach()
             self.accelerator.backward(share * loss)
         return logs
+
+    def _turn_back(self, phase: str) -> None:
+        """Let each micro-batch meet the spectral norms that the first one met in this phase of the step.
+
+        Every forward moves them: those of many micro-batches would otherwise move them further than one of
+        the whole batch does.
+        """
+        if phase not in self._directions:
+            parts = [part for part in self.discriminator.modules() if isinstance(part, SpectralConv2d)]
+            self._directions[phase] = [(d, d.clone()) for part in parts for d in part.directions]
+        for direction, before in self._directions[phase]:
+            direction.copy_(before)
 
     def end_step(self, step: int, logs: dict[str, Tensor], values: dict[str, float], *, last: bool) -> None:
         """After every step, played or not; `logs` are the step's means over processes, `values` read."""

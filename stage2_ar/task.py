@@ -32,7 +32,7 @@ from taming.data.batch import to_device
 from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
 from taming.errors import ConfigError, UserError
-from taming.training.distributed import launch_notes, reduced_if
+from taming.training.distributed import reduced_if
 from taming.training.drift import verify_processes
 from taming.training.ema import Ema
 from taming.training.finite import NonFiniteSteps, exchange

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taming.config import Config
 from taming.gan.actnorm import ActNorm
+from taming.gan.batch_norm import SharedBatchNorm2d
 from taming.gan.spectral_norm import SpectralConv2d
 
 Norm = Literal["batch", "actnorm", "group", "spectral", "none"]
@@ -21,8 +22,9 @@ class PatchGANConfig(Config):
     channels: int = Field(default=64, ge=1)
     num_layers: int = Field(default=3, ge=1)
     norm: Norm = "batch"
-    """batch and actnorm as published; group does not mix pictures; spectral bounds each layer's gain instead
-    (Miyato et al. 2018, arXiv:1802.05957)."""
+    """batch and actnorm as published, with the statistics of all processes; where training.accumulation is
+    above 1 they are those of a micro-batch (actnorm's: of the first). group does not mix pictures; spectral
+    bounds each layer's gain instead (Miyato et al. 2018, arXiv:1802.05957)."""
 
     @property
     def smallest_size(self) -> int:
@@ -68,7 +70,7 @@ class PatchGAN(nn.Module):
 def _norm(kind: Norm, channels: int) -> nn.Module:
     match kind:
         case "batch":
-            return nn.BatchNorm2d(channels)
+            return SharedBatchNorm2d(channels)
         case "actnorm":
             return ActNorm(channels)
         case "group":

@@ -20,6 +20,12 @@ class SpectralConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         spectral_norm(self)
 
+    @property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """The power iteration's two vectors, which every forward in train mode moves."""
+        norm = self.get_submodule("parametrizations.weight.0")
+        return norm.get_buffer("_u"), norm.get_buffer("_v")
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight

@@ -114,12 +114,13 @@ class ResidualDown(nn.Module):
 def append_batch_deviation(x: Tensor, group_size: int) -> Tensor:
     """(B, C, H, W) -> (B, C + 1, H, W): the mean deviation within groups of pictures as one more channel.
 
-    Groups have the largest size up to `group_size` that divides B; picture b is in group b % (B / size).
+    Groups are neighbours, of the largest size up to `group_size` that divides B: processes and micro-batches
+    whose share is a multiple of `group_size` make the groups that the whole batch would.
     """
     size = next(n for n in range(min(group_size, len(x)), 0, -1) if len(x) % n == 0)
-    groups = rearrange(x.float(), "(n g) c h w -> n g c h w", n=size)
-    deviation = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (G,)
-    channel = deviation.repeat(size)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+    groups = rearrange(x.float(), "(g n) c h w -> g n c h w", n=size)
+    deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (G,)
+    channel = deviation.repeat_interleave(size)[:, None, None, None].expand(-1, 1, *x.shape[2:])
     return torch.cat((x, channel.to(x.dtype)), 1)
 
 

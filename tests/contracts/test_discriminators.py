@@ -152,7 +152,7 @@ def test_the_deviation_over_the_batch_is_the_loop():
     found = append_batch_deviation(x, 4)  # 4 does not divide 6: groups of 3
     assert torch.equal(found[:, :3], x)
     for picture in range(6):
-        group = x[[index for index in range(6) if index % 2 == picture % 2]]
+        group = x[[index for index in range(6) if index // 3 == picture // 3]]
         wanted = group.std(0, correction=0).mean()
         torch.testing.assert_close(found[picture, 3], wanted.expand(4, 5), rtol=1e-3, atol=1e-4)
     alone = append_batch_deviation(x[:1], 4)
