@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -240,3 +242,47 @@ def test_the_newest_healthy_one_is_kept_besides(accelerator: Accelerator, tmp_pa
         )
     assert [checkpoint.checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 5, 6]
     assert latest_checkpoint(tmp_path, up_to=4) == tmp_path / "step-00000003"
+
+
+@pytest.mark.parametrize("way", ["swapped", "moved aside"])
+def test_a_kill_before_any_operation_leaves_a_whole_checkpoint(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What the disk holds before each operation is what a kill there would leave."""
+    if way == "moved aside":
+        monkeypatch.setattr("taming.atomic._swap", lambda first, second: False)
+    root, allowed, looking = tmp_path / "checkpoints", {0}, False
+    seen: list[tuple[int, list[str]]] = []
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal looking
+        if not looking or not (event == "open" or event.startswith("os.")):
+            return
+        if not str(arguments[0]).startswith(str(root)) and event != "os.remove":
+            return
+        looking = False  # what is done here is no part of a save
+        found = latest_checkpoint(root)
+        step = checkpoint.checkpoint_step(found) if found is not None else 0
+        assert step in allowed, f"step {step} before {event} {arguments}"
+        if root.exists() and len(seen) % 3 == 0:  # and a start goes on from there
+            copy = tmp_path / "copy"
+            shutil.copytree(root, copy)
+            checkpoint.tidy(copy, step, keep=2)
+            assert sorted(path.name for path in copy.iterdir()) == [
+                f"step-{number:08d}" for number in range(max(step - 1, 1), step + 1)
+            ]
+            assert verify_checkpoint(copy / f"step-{step:08d}") is None or not step
+            shutil.rmtree(copy)
+        seen.append((step, [event, *map(str, arguments[:2])]))
+        looking = True
+
+    model, optimizer = make()
+    sys.addaudithook(look)  # for good: it sleeps after this test
+    # The fourth is replaced, as after a rollback.
+    for number, allowed in ((1, {0, 1}), (2, {1, 2}), (3, {2, 3}), (4, {3, 4}), (4, {4})):  # noqa: B007
+        step(model, optimizer)
+        looking = True
+        save(accelerator, root, number, model, optimizer)
+        looking = False
+    assert len(seen) > 100
+    assert [path.name for path in list_checkpoints(root)] == ["step-00000003", "step-00000004"]
