@@ -98,33 +98,42 @@ def run_training(
     accelerator = make_accelerator(training.precision)
     _check_batches(training, accelerator)
     main, agreement, roster = accelerator.is_main_process, Agreement(), Roster()
-    _check_agreed(agreement, train_data, checkpoint)
-    with (
-        _one_run_a_folder(agreement, run, main),
-        _machine_faults(roster, accelerator.device),
-        Tracker(run, training.steps, enabled=main) as tracker,
-        Signals() as signals,
-    ):
+    data = train_data.fingerprint()  # once: what the run was opened with, whatever becomes of the files
+    _check_agreed(agreement, f"{len(train_data)} pictures ({data[:12]})", checkpoint)
+    with _machine_faults(roster, accelerator.device):
         set_seed(training.seed)
         task = build_task()
         task.prepare(accelerator, training.steps)
         set_seed(training.seed, device_specific=True)  # dropout differs between processes from here on
-        loop = _Loop(
-            accelerator, agreement, task, training, train_data, validation_data, run, tracker, signals
-        )
-        agreement.together(
-            lambda: check_disk(run, task.modules(), task.optimizers(), training.keep_checkpoints)
-        )
-        if main:
-            save_config(config, run / "config.yaml")
-        for note in launch_notes(training.precision):
-            tracker.note(note)
-        if checkpoint is not None:
-            loop.resume(checkpoint)
-        else:
-            for note in train_data.notes:
+        keep = training.keep_checkpoints
+        agreement.together(lambda: check_disk(run, task.modules(), task.optimizers(), keep))
+        with (
+            _one_run_a_folder(agreement, run, main),
+            Tracker(run, training.steps, enabled=main) as tracker,
+            Signals() as signals,
+        ):
+            loop = _Loop(
+                accelerator,
+                agreement,
+                task,
+                training,
+                train_data,
+                data,
+                validation_data,
+                run,
+                tracker,
+                signals,
+            )
+            for note in launch_notes(training.precision):
                 tracker.note(note)
-        figures = loop.go()
+            if checkpoint is not None:
+                loop.resume(checkpoint)
+            else:
+                for note in train_data.notes:
+                    tracker.note(note)
+            if main:
+                save_config(config, run / "config.yaml")
+            figures = loop.go()
     accelerator.end_training()
     return RunResult(run, run / "model", figures, training.steps, tuple(loop.notes))
 
@@ -136,6 +145,8 @@ class _Loop:
     task: Task
     training: TrainingConfig
     train_data: PictureDataset
+    fingerprint: str
+    """Of the training data."""
     validation_data: PictureDataset
     run: Path
     tracker: Tracker
@@ -156,7 +167,7 @@ class _Loop:
         """Go on from a checkpoint, as if the run had never stopped."""
         modules, optimizers = self.task.modules(), self.task.optimizers()
         progress = load_checkpoint(self.accelerator, checkpoint, modules, optimizers)
-        check_same_data(checkpoint, progress["data"], self.train_data.fingerprint())
+        check_same_data(checkpoint, progress["data"], self.fingerprint)
         self.step, self.pictures = progress["step"], progress["pictures"]
         # Checkpoints of earlier versions have none of these.
         self.sums = _Sums(progress.get("sums", {}))
@@ -304,7 +315,7 @@ class _Loop:
         guard = self.task.guard
         progress = {
             "pictures": self.pictures,
-            "data": self.train_data.fingerprint(),
+            "data": self.fingerprint,
             "sums": self.sums.state(),
             "skipped": dict(self.skipped.counts),
             "evaluation_due": self.evaluation_due,
@@ -380,9 +391,9 @@ class _Sums:
         return {name: [float(value) for value in values] for name, values in self.values.items()}
 
 
-def _check_agreed(agreement: Agreement, data: PictureDataset, checkpoint: Path | None) -> None:
+def _check_agreed(agreement: Agreement, data: str, checkpoint: Path | None) -> None:
     """Refuse to start where processes see other data, or would go on from other checkpoints."""
-    seen = agreement.equal(f"{len(data)} pictures ({data.fingerprint()[:12]})")
+    seen = agreement.equal(data)
     if seen is not None:
         shown = "; ".join(f"process {rank}: {text}" for rank, text in enumerate(seen))
         raise UserError(
