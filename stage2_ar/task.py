@@ -25,26 +25,21 @@ from stage2_ar.optimizers import transformer_optimizers
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.random_order import random_share, sample_orders
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sharded import check_sharding, shard_model, whole_states
 from stage2_ar.shown import condition_rows
 from stage2_ar.transformer import code_log_likelihood, next_code_loss
 from taming.collective import sum_over_processes
 from taming.data.batch import to_device
 from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
-from taming.errors import ConfigError, UserError
+from taming.errors import UserError
 from taming.training.distributed import reduced_if
 from taming.training.drift import verify_processes
 from taming.training.ema import Ema
 from taming.training.finite import NonFiniteSteps, exchange
 from taming.training.gradients import OwnGradients, clip_gradients, gradient_norm
 from taming.training.schedule import learning_rate, set_learning_rate
-from taming.training.sharded import (
-    WholeCopy,
-    shard,
-    shard_like,
-    whole_state_of,
-    whole_state_of_optimizer,
-)
+from taming.training.sharded import WholeCopy
 from taming.training.sharding import Sharding, read_sharding
 from taming.types import Batch
 
@@ -136,32 +131,13 @@ class ARTask:
     def _shard(self, sharding: Sharding) -> None:
         """`prepare` with weights, averages and optimiser states spread over all processes."""
         check_sharding(self.config)
-        device, average = self.accelerator.device, self.ema
-        self.whole = WholeCopy(self.model, device)
-        self.tokenizer.to(device)
+        self.tokenizer.to(self.accelerator.device)
         self.model.transformer.recompute = self.config.recompute or sharding.recompute
-        # Weights go to the device a block at a time: all of them at once need not fit.
         self._loss = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
+        self.whole = shard_model(self._loss, self.model, self.ema, sharding, self.accelerator)
         self._own_gradients = OwnGradients(self._loss)
-        bf16 = self.accelerator.mixed_precision == "bf16" and device.type == "cuda"
-        shard(
-            self._loss,
-            self.model.transformer.blocks,
-            sharding,
-            device,
-            block_dtype=torch.bfloat16 if bf16 else None,
-        )
-        evaluated: nn.Module = self.model
-        if average is not None:
-            shard_like(average.module, self.model)
-            average.n_averaged.data = average.n_averaged.to(device)
-            evaluated = average.module
-            whole_state_of(evaluated)
-        whole_state_of(self.model)
-        self.whole.follow(evaluated)
         self._optimizers = transformer_optimizers(self.model, self.config.optimizer)
-        for optimizer in self._optimizers.values():
-            whole_state_of_optimizer(optimizer)
+        whole_states(self._optimizers.values())
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
         """One update; returns the loss in nats (with smoothing) and bits a code, equal on all processes.
@@ -335,20 +311,6 @@ class ARTask:
     def _preview_follows(self) -> bool:
         """Whether the loop draws a preview after this step, which the main process does alone."""
         return self._step % self.config.training.preview_every == 0 or self._step == self.total_steps
-
-
-def check_sharding(config: ARTrainConfig) -> None:
-    """Raises ConfigError for what sharded weights are not trained with."""
-    if config.optimizer.method == "muon":
-        raise ConfigError(
-            "optimizer.method muon needs whole matrices, and FSDP shards them; use optimizer.method=adam, or "
-            "distributed_type MULTI_GPU in Accelerate's config"
-        )
-    if config.compile:
-        raise ConfigError(
-            "compile does not go with FSDP; set compile=false, or distributed_type MULTI_GPU in Accelerate's "
-            "config"
-        )
 
 
 class _Loss(nn.Module):

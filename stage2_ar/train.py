@@ -17,7 +17,8 @@ from stage2_ar.conditions.text import keep_features_in
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
 from stage2_ar.fine_tuning import check_start
 from stage2_ar.memorisation import FixedSample
-from stage2_ar.task import ARTask, check_sharding, model_config
+from stage2_ar.sharded import check_sharding
+from stage2_ar.task import ARTask, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
