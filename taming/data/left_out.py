@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 class LeftOut:
     """Counts what is left out of the `total` pictures of `source`, of which the share `budget` may be."""
 
-    def __init__(self, source: Path, total: int, budget: float) -> None:
+    def __init__(self, source: Path | str, total: int, budget: float) -> None:
         self._source, self._total, self._budget = source, total, budget
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}

@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from taming.data.config import ShardsDataConfig
 from taming.data.dataset import Split
 from taming.data.findings import in_threads
+from taming.data.left_out import LeftOut
 from taming.data.order import epoch_order
 from taming.data.picture import FileBytes
 from taming.data.shards_index import INDEX, Entries, Kind, ShardFacts, ShardIndex, parse_entries
@@ -40,13 +40,15 @@ class ShardDataset(StoredDataset):
         self.index = self.store.index()
         self.fields = _fields(config, self.index, self.store.name)
         self.shards = self.index.shards
-        self.store.check(self.shards, complete=not config.skip_budget)
         self.entries = list(in_threads(self._read_entries, self.shards, _THREADS))
         starts = np.cumsum([0] + [shard.count for shard in self.shards])
         self._shard_of = np.repeat(np.arange(len(self.shards)), [shard.count for shard in self.shards])
         self._start_of = starts[:-1]
         self.rows = self._rows_of_split()
-        self._check_sizes()
+        left_out = LeftOut(self.store.name, self.index.count, config.skip_budget)
+        self._leave_out_lost(left_out)
+        self._leave_out_sizes(left_out)
+        self.notes = left_out.notes()
         self.class_names = self.index.class_names if "label" in self.fields else []
         self.num_labels = config.num_labels or 0 if "segmentation" in self.fields else 0
         self.object_names = self.index.object_names if "objects" in self.fields else ()
@@ -156,27 +158,63 @@ class ShardDataset(StoredDataset):
         chosen = [row for row, key in enumerate(keys) if (key in apart) == (self.split == "validation")]
         return np.array(chosen, dtype=np.int64)
 
-    def _check_sizes(self) -> None:
-        """Raises DataError for pictures that the config does not want."""
+    def _leave_out_lost(self, left_out: LeftOut) -> None:
+        """Samples of shards that are missing or cut off. Raises DataError."""
+        ends = np.zeros(self.index.count, dtype=np.int64)
+        lengths = np.zeros(len(self.shards), dtype=np.int64)
+        for number, length in enumerate(self.store.lengths(self.shards)):
+            shard, places = self.shards[number], self.entries[number].places
+            first = self._start_of[number]
+            for kind in self.fields:
+                if kind in places:
+                    end = places[kind].offset + places[kind].size
+                    part = ends[first : first + shard.count]
+                    np.maximum(part, end, out=part)
+            lengths[number] = -1 if length is None else length
+            if length is not None and length > shard.size and not self.config.skip_budget:
+                raise DataError(f"{self._told(number, length)}; get it again")
+        missing = lengths[self._shard_of[self.rows]] < 0
+        cut_off = ~missing & (lengths[self._shard_of[self.rows]] < ends[self.rows])
+        for reason, lost in (("missing", missing), ("truncated", cut_off)):
+            if lost.any():
+                number = int(self._shard_of[self.rows[np.flatnonzero(lost)[0]]])
+                first_told = self._told(number, None if reason == "missing" else int(lengths[number]))
+                left_out.add(reason, int(lost.sum()), first_told)
+        self.rows = self.rows[~missing & ~cut_off]
+
+    def _told(self, number: int, length: int | None) -> str:
+        shard = self.shards[number]
+        if length is None:
+            return f"shard {self.store.name}/{shard.file} is in the index and not there; get it"
+        return f"shard {self.store.name}/{shard.file} has {length} bytes, not the {shard.size} of the index"
+
+    def _leave_out_sizes(self, left_out: LeftOut) -> None:
+        """Pictures that the config does not want. Raises DataError."""
         config, (height, width) = self.config, self.size
         sizes = np.concatenate([entries.sizes for entries in self.entries])[self.rows].astype(np.int64)
-        small = np.flatnonzero((sizes < (height, width)).any(axis=1))
-        if len(small) and not config.upscale:
-            key, (own_height, own_width) = self._name(small[0]), sizes[small[0]].tolist()
-            raise DataError(
-                f"picture {key} is {own_width}x{own_height}, smaller than the crop {width}x{height}"
-                f"{_more(small)}; set data.upscale=true, or data.size={sizes.min()}, or pack without it"
+        small = (sizes < (height, width)).any(axis=1) & (not config.upscale)
+        large = sizes.prod(axis=1) > config.max_pixels
+        if small.any():
+            own_height, own_width = sizes[small][0].tolist()
+            left_out.add(
+                "mismatched",
+                int(small.sum()),
+                f"picture {self._name(small)} is {own_width}x{own_height}, smaller than the crop"
+                f" {width}x{height}; set data.upscale=true or data.size={sizes[small].min()}, or remove it",
             )
-        large = np.flatnonzero(sizes.prod(axis=1) > config.max_pixels)
-        if len(large) and not config.skip_budget:
-            own_height, own_width = sizes[large[0]].tolist()
-            raise DataError(
-                f"picture {self._name(large[0])} has {own_width}x{own_height} pixels, more than"
-                f" data.max_pixels = {config.max_pixels}{_more(large)}; raise that or pack without it"
+        if large.any():
+            own_height, own_width = sizes[large][0].tolist()
+            left_out.add(
+                "too large",
+                int(large.sum()),
+                f"picture {self._name(large)} has {own_width}x{own_height} pixels, more than"
+                f" data.max_pixels = {config.max_pixels}; raise that or remove it",
             )
+        self.rows = self.rows[~small & ~large]
 
-    def _name(self, index: int) -> str:
-        number, row, entries = self._place(index)
+    def _name(self, chosen: np.ndarray) -> str:
+        """The first of the samples that are chosen by a mask."""
+        number, row, entries = self._place(int(np.flatnonzero(chosen)[0]))
         return f"{self.store.name}/{self.shards[number].file}:{entries.key(row)}"
 
 
@@ -203,7 +241,3 @@ def _fields(config: ShardsDataConfig, index: ShardIndex, name: str) -> list[Kind
             f" set data.num_labels={index.num_labels}"
         )
     return [kind for kind, (_, is_wanted) in wanted.items() if is_wanted]
-
-
-def _more(items: Sequence[Any] | np.ndarray) -> str:
-    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

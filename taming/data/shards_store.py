@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from taming.data.config import ShardsDataConfig
 from taming.data.remote import FileCache, fetch, is_address, join_address, shown
 from taming.data.shards_index import INDEX, LARGEST_INDEX, ShardFacts, ShardIndex, parse_index
-from taming.errors import DataError
+from taming.errors import BadSample, DataError
 from taming.training.memory import format_bytes
 
 T = TypeVar("T")
@@ -34,11 +34,8 @@ class Store(Protocol):
     def path(self, shard: ShardFacts) -> Path:
         """The shard as a file here; it may have to be fetched."""
 
-    def check(self, shards: Sequence[ShardFacts], *, complete: bool) -> None:
-        """Raises DataError for what can be told to be wrong at once.
-
-        With `complete` shards that are missing or of another size are wrong.
-        """
+    def lengths(self, shards: Sequence[ShardFacts]) -> list[int | None]:
+        """Bytes of each shard; None where it is missing. Raises DataError where they cannot be kept here."""
 
 
 class LocalStore:
@@ -56,26 +53,18 @@ class LocalStore:
             if path.stat().st_size > shard.entries_size:
                 raise DataError(f"{path} holds other bytes than {INDEX} says; get it again")
             return path.read_bytes()
+        except FileNotFoundError:
+            raise BadSample(
+                f"{self.folder / INDEX} names {shard.entries}, which is not there; get it", "missing"
+            ) from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}; get it again") from None
 
     def path(self, shard: ShardFacts) -> Path:
         return self.folder / shard.file
 
-    def check(self, shards: Sequence[ShardFacts], *, complete: bool) -> None:
-        for shard in shards if complete else ():
-            path = self.path(shard)
-            try:
-                size = path.stat().st_size
-            except OSError:
-                raise DataError(
-                    f"{self.folder / INDEX} names {shard.file}, which is not there; get it"
-                ) from None
-            if size != shard.size:
-                raise DataError(
-                    f"shard {path} has {size} bytes, not the {shard.size} that {INDEX} says; get it again, or"
-                    " see what else is wrong with `taming data check`"
-                )
+    def lengths(self, shards: Sequence[ShardFacts]) -> list[int | None]:
+        return [_length(self.path(shard)) for shard in shards]
 
 
 class RemoteStore:
@@ -98,7 +87,7 @@ class RemoteStore:
     def path(self, shard: ShardFacts) -> Path:
         return self.cache.get(join_address(self.root, shard.file), shard.size, shard.sha256)
 
-    def check(self, shards: Sequence[ShardFacts], *, complete: bool) -> None:
+    def lengths(self, shards: Sequence[ShardFacts]) -> list[int | None]:
         at_once = sum(sorted(shard.size for shard in shards)[-self.shuffle_shards :])
         at_once += sum(shard.entries_size for shard in shards)
         if at_once > self.cache.size:
@@ -107,6 +96,7 @@ class RemoteStore:
                 f" {min(len(shards), self.shuffle_shards)} shards that are mixed at a time; raise it or lower"
                 " data.shuffle_shards"
             )
+        return [shard.size for shard in shards]
 
 
 def open_store(config: ShardsDataConfig) -> Store:
@@ -177,6 +167,13 @@ def _read_again(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
         except FileNotFoundError:
             continue
     return read(find())
+
+
+def _length(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _open(path: Path) -> BinaryIO:
