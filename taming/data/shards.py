@@ -171,7 +171,7 @@ class ShardDataset(StoredDataset):
                     part = ends[first : first + shard.count]
                     np.maximum(part, end, out=part)
             lengths[number] = -1 if length is None else length
-            if length is not None and length > shard.size and not self.config.skip_budget:
+            if length is not None and length > shard.size:
                 raise DataError(f"{self._told(number, length)}; get it again")
         missing = lengths[self._shard_of[self.rows]] < 0
         cut_off = ~missing & (lengths[self._shard_of[self.rows]] < ends[self.rows])

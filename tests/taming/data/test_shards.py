@@ -219,8 +219,7 @@ def test_damage_to_a_shard_is_found(folder: FolderDataConfig, pack: Path) -> Non
     assert "left 1 truncated out of 8 pictures" in short.notes[0]
     shard.write_bytes(whole + b"x")
     with pytest.raises(DataError, match=rf"has {len(whole) + 1} bytes, not the {len(whole)}"):
-        opened(skip_budget=0.0)
-    assert len(opened()) == 8
+        opened(skip_budget=0.5)
     shard.unlink()
     with pytest.raises(DataError, match=r"pictures-000000\.tar is in the index and not there.*\(3 missing\)"):
         opened()
