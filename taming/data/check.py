@@ -56,7 +56,7 @@ def check_source(
     A folder of pictures; shards, a folder of them with or without an index, an address, or one tar; a
     training config; a folder of codes. `overrides` are "key=value" of the data section. Raises UserError.
     """
-    from taming.data.source import data_from
+    from taming.data.source import data_from, is_pack
 
     path = Path(source)
     codes = _folder_of_codes(path)
@@ -66,20 +66,24 @@ def check_source(
         if overrides:
             raise DataError(f"{source} holds codes, which no option changes; leave out {overrides[0]}")
         return check_codes(codes, decode=decode, progress=progress)
+    # One pixel: nothing says how large pictures must be.
+    values: dict[str, Any] = {"size": 1}
+    for override in overrides:
+        key, value = parse_override(override)
+        set_value(values, key.removeprefix("data."), value)
     tars = _bare_tars(path)
     if tars:
         from taming.data.check_shards import check_tars
 
-        # One pixel: nothing says how large pictures must be.
-        values: dict[str, Any] = {"size": 1}
-        for override in overrides:
-            key, value = parse_override(override)
-            set_value(values, key.removeprefix("data."), value)
         config = build_config(PicturesConfig, values, source=source)
         return check_tars(tars, config, workers=workers, decode=decode, progress=progress)
-    return check_data(
-        data_from(source, size=1, overrides=overrides), workers=workers, decode=decode, progress=progress
-    )
+    data: DataConfig
+    if is_pack(source):  # not through its index, which may be what is damaged
+        values = {"kind": "shards", "root": source, **values}
+        data = build_config(ShardsDataConfig, values, source=source)
+    else:
+        data = data_from(source, size=1, overrides=overrides)
+    return check_data(data, workers=workers, decode=decode, progress=progress)
 
 
 def _folder_of_codes(path: Path) -> Path | None:

@@ -155,7 +155,7 @@ def _look(shard: _Shard, index: ShardIndex | None, decode: bool) -> _Looked:
         return looked
     as_indexed = facts is not None and _check_bytes(shard.name, path, facts, findings)
     members = _members(shard.name, path, findings)
-    told = _samples_of_members(shard.name, members.found, findings)
+    told = _samples_of_members(shard.name, members.found, findings if entries is None else Findings())
     if entries is None:
         looked.samples = told
         return looked
@@ -237,10 +237,11 @@ def _samples_of_members(name: str, members: Sequence[Member], findings: Findings
             continue
         sample.files[kind] = (member.offset, member.size)
         sample.suffixes[kind] = f".{extension.rpartition('.')[2]}"
+    usual: set[Kind] = {"image"}
+    usual.update(*(sample.files for sample in samples[:1]))
     for sample in samples:
-        if "image" not in sample.files:
-            kinds = ", ".join(sample.files)
-            detail = f"shard {name}: the sample {sample.key!r} has no picture, only {kinds}; remove it"
+        for kind in sorted(usual - set(sample.files)):
+            detail = f"shard {name}: the sample {sample.key!r} has no {kind}, as others have; get it again"
             findings.add(f"{name}:{sample.key}", "missing", detail)
     return samples
 
@@ -252,7 +253,11 @@ def _compare(
 
     An index may leave samples out of the bytes that it was made of (`as_indexed`), but not of others.
     """
-    by_key = {sample.key: sample for sample in told}
+    by_key: dict[str, Sample] = {}
+    for sample in told:
+        if by_key.setdefault(sample.key, sample) is not sample:
+            detail = f"shard {name} holds {sample.key!r} twice, and the index once; index it again"
+            findings.add(f"{name}:{sample.key}", "duplicate", detail)
     keys = Counter(sample.key for sample in indexed)
     for sample in indexed:
         there = by_key.get(sample.key)
@@ -278,7 +283,7 @@ def _compare(
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         detail = f"shard {name} holds {unknown[0]!r}{more}, of which the index knows nothing; index it again"
         findings.add(name, "mismatched", detail)
-    order = [sample.key for sample in told if keys[sample.key]]
+    order = [key for key in by_key if keys[key]]
     if order != [sample.key for sample in indexed if sample.key in by_key]:
         detail = f"shard {name} holds its samples in another order than the index; index it again"
         findings.add(name, "mismatched", detail)
