@@ -30,6 +30,7 @@ from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
 from taming.atomic import write_text
 from taming.data.batch import to_device
+from taming.data.check_codes import read_code_index
 from taming.data.dataset import PictureDataset
 from taming.data.picture import to_uint8
 from taming.disk import room_for
@@ -133,17 +134,12 @@ def read_index(folder: Path) -> CodeIndex:
         raise DataError(
             f"{folder} holds no {INDEX}: it is no folder of codes; make one with `taming vq encode`"
         )
+    values = read_code_index(folder)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise DataError(
-                f"{path} is of another format than {FORMAT}; encode again with `taming vq encode`"
-            )
+        del values["format"]
         values["grid"] = tuple(values["grid"])
         return CodeIndex(**values)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); encode again with `taming vq encode`") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from taming.data.findings import Finding, Findings, Progress
 from taming.errors import BadSample, DataError
 
 INDEX, FORMAT = "index.json", "taming-codes/1"
+# How safetensors says that there is less than there should be.
+_CUT_OFF = ("not fully covered", "invalid header length", "header too small")
 
 
 def check_codes(folder: Path, *, decode: bool = True, progress: Progress | None = None) -> Iterator[Finding]:
@@ -66,6 +69,8 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry.get("file"), str)
         and isinstance(entry.get("keys"), list)
         and all(isinstance(key, str) for key in entry["keys"])
+        and isinstance(entry.get("size", 0), int)
+        and all(isinstance(entry.get(name, []), list) for name in ("text", "objects"))
     )
 
 
@@ -75,13 +80,22 @@ def _check_shard(path: Path, folder: Path, entry: dict[str, Any], codebook_size:
         raise BadSample(f"{folder / INDEX} names {entry['file']!r}, outside of its folder", "mismatched")
     if not path.is_file():
         raise BadSample(f"{path} is in the index and not in the folder; encode again", "missing")
+    size = path.stat().st_size
+    if entry.get("size", size) != size:
+        reason = "truncated" if size < entry["size"] else "mismatched"
+        raise BadSample(
+            f"{path} has {size} bytes, not the {entry['size']} of the index; encode again", reason
+        )
+    with path.open("rb") as file:
+        if "sha256" in entry and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise BadSample(f"{path} holds other bytes than the index says; encode again", "checksum")
     count = len(entry["keys"])
     try:
         with safe_open(path, framework="np") as shard:
             lengths = {name: shard.get_slice(name).get_shape()[:1] for name in shard.keys()}  # noqa: SIM118
             codes = shard.get_tensor("codes") if decode and "codes" in lengths else None
     except (OSError, SafetensorError) as error:
-        reason = "truncated" if "Incomplete" in str(error) or "TooShort" in str(error) else "unreadable"
+        reason = "truncated" if any(word in str(error) for word in _CUT_OFF) else "unreadable"
         raise BadSample(f"{path} cannot be read: {error}; encode again", reason) from None
     told = {name: [len(entry[name])] for name in ("text", "objects") if isinstance(entry.get(name), list)}
     wrong = [name for name, length in {**lengths, **told}.items() if length != [count]]
