@@ -297,8 +297,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     losses = []
     for processes in (1, 2):
         out = tmp_path / f"run{processes}"
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "taming"]
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "taming"]
         command = [sys.executable, *launch, "vq", "train", str(config), "-o", f"training.output={out}"]
         done = subprocess.run(
             command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False
