@@ -76,7 +76,7 @@ def load_artifact(
     folder = find_artifact(source, subfolder)
     try:
         description = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{folder / CONFIG_NAME} cannot be read: {error}") from None
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
         raise ArtifactError(

@@ -20,6 +20,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 
+LONGEST_ERROR = 4000
+
+
 @cache
 def _groups() -> dict[str, EntryPoint]:
     return {
@@ -80,6 +83,7 @@ def main() -> None:
     Other exit codes are those of `taming.errors`, and 130 after Ctrl-C.
     """
     from taming.errors import UserError
+    from taming.options import printable
 
     try:
         app()
@@ -87,7 +91,10 @@ def main() -> None:
         # A launcher's processes write to one terminal.
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
-            typer.echo(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", err=True)
+            told = printable(str(error))
+            if len(told) > LONGEST_ERROR:  # a file that a stranger made may hold a name of any length
+                told = f"{told[:LONGEST_ERROR]} ... ({len(told)} characters)"
+            typer.echo(f"error: {told}" if rank == "0" else f"error in process {rank}: {told}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

@@ -58,7 +58,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply for a config") from None
+    except (OSError, ValueError) as error:  # numbers and dates that are none raise ValueError
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of keys to values")
@@ -101,7 +103,7 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
     try:
         return key.strip(), yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
 
 

@@ -77,7 +77,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
     name = values.get("_class_name") if isinstance(values, dict) else None
     if name != "VQModel":
