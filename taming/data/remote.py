@@ -92,20 +92,19 @@ class FileCache:
         """The file of an address, fetched unless it is here. Raises DataError."""
         assert _SHA256.fullmatch(sha256)
         path = self.folder / sha256
-        if not self._touch(path):
-            try:
+        try:
+            if not self._touch(path):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with _locked(self.folder / f"{sha256}.tmp", path) as file:
                     if file is not None:
                         self._make_room(size, keep=sha256)
                         _with_patience(address, lambda: _download(address, file, size, sha256))
                         os.replace(self.folder / f"{sha256}.tmp", path)
-            except OSError as error:
-                raise DataError(
-                    f"{shown(address)} cannot be kept in {self.folder} ({error}); it needs"
-                    f" {format_bytes(size)}: free that much, lower data.cache_size or set data.cache to"
-                    " another disk"
-                ) from None
+        except OSError as error:
+            raise DataError(
+                f"{shown(address)} cannot be kept in {self.folder} ({error}); it needs"
+                f" {format_bytes(size)}: free that much, lower data.cache_size or set data.cache to another disk"
+            ) from None
         return path
 
     def _touch(self, path: Path) -> bool:
@@ -116,20 +115,21 @@ class FileCache:
         return True
 
     def _make_room(self, size: int, keep: str) -> None:
-        """Remove what was not used for the longest time until `size` more bytes fit."""
-        kept: list[tuple[float, int, Path]] = []
+        """Remove what is unfinished, then what was unused for longest, until `size` more bytes fit."""
+        kept: list[tuple[bool, float, int, Path]] = []
         for path in self.folder.iterdir():
-            if _SHA256.fullmatch(path.name.removesuffix(".tmp")) and path.name.removesuffix(".tmp") != keep:
+            name = path.name.removesuffix(".tmp")
+            if _SHA256.fullmatch(name) and name != keep:
                 try:
                     facts = path.stat()
                 except FileNotFoundError:
                     continue  # another process was faster
-                kept.append((facts.st_mtime, facts.st_size, path))
-        total = sum(length for _, length, _ in kept)
-        for _, length, path in sorted(kept):
+                kept.append((name == path.name, facts.st_mtime, facts.st_size, path))
+        total = sum(length for _, _, length, _ in kept)
+        for finished, _, length, path in sorted(kept):
             if total + size <= self.size:
                 return
-            if path.suffix != ".tmp" or _abandoned(path):
+            if finished or _abandoned(path):
                 # A file that is being read stays readable until it is closed.
                 path.unlink(missing_ok=True)
                 total -= length

@@ -322,6 +322,7 @@ def _notes(scanned: Sequence[Scanned]) -> list[str]:
         first = next(one.first_left_out for one in scanned if one.first_left_out)
         notes.append(f"left out {told}; the first: {first}")
     if ignored:
-        told = ", ".join(f"{count} .{extension}" for extension, count in ignored.most_common(5))
+        most = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))[:5]
+        told = ", ".join(f"{count} .{extension}" for extension, count in most)
         notes.append(f"not read: members that end in {told}")
     return notes

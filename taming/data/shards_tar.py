@@ -208,7 +208,7 @@ def member_name(key: str, extension: str) -> str:
 
 def key_of_member(name: str) -> tuple[str, str] | None:
     """(key, extension) of a member's name as webdataset splits it; None where there is none of either."""
-    folder, slash, last = name.rpartition("/")
+    folder, slash, last = name.removeprefix("./").rpartition("/")
     base, _, extension = last.partition(".")
     if not base or not extension:
         return None
