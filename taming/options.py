@@ -22,7 +22,10 @@ DataOverride = Annotated[
 ]
 Resume = Annotated[str, typer.Option(help="auto, never, or a checkpoint's folder.")]
 DryRun = Annotated[bool, typer.Option(help="Show the resolved config and its sizes; train nothing.")]
-Data = Annotated[str, typer.Argument(help="A folder of pictures, a training config, or `scenes`.")]
+Data = Annotated[
+    str,
+    typer.Argument(help="A folder of pictures or of shards, an address, a training config, or `scenes`."),
+]
 Split = Annotated[str, typer.Option(help="all, train or validation.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the fastest there is.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at once.")]

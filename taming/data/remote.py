@@ -103,7 +103,8 @@ class FileCache:
         except OSError as error:
             raise DataError(
                 f"{shown(address)} cannot be kept in {self.folder} ({error}); it needs"
-                f" {format_bytes(size)}: free that much, lower data.cache_size or set data.cache to another disk"
+                f" {format_bytes(size)}: free that much, lower data.cache_size or set data.cache to"
+                " another disk"
             ) from None
         return path
 
