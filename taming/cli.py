@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+import time
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -18,7 +19,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
-
 
 LONGEST_ERROR = 4000
 
@@ -91,6 +91,8 @@ def main() -> None:
         # A launcher's processes write to one terminal.
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
+            if rank != "0":  # the launcher ends this process where the main one says the same
+                time.sleep(SAME_SECONDS)
             told = printable(str(error))
             if len(told) > LONGEST_ERROR:  # a file that a stranger made may hold a name of any length
                 told = f"{told[:LONGEST_ERROR]} ... ({len(told)} characters)"
