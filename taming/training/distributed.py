@@ -86,7 +86,7 @@ def check_launch() -> None:
     if flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and alone:
         raise ConfigError(
             "accelerate launch --cpu starts a single process, whatever --num_processes says; start several "
-            "with: torchrun --nproc_per_node N -m taming ... (or leave --num_processes out)"
+            "with taming launch --cpu N ... or torchrun --nproc_per_node N -m taming ..."
         )
 
 

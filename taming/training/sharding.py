@@ -66,8 +66,8 @@ def refuse_sharding(what: str) -> None:
     """Raises ConfigError where the launcher asks for FSDP, which is not for `what` is to be trained."""
     if read_sharding() is not None:
         raise ConfigError(
-            f"{what} is not trained with FSDP: it fits into every GPU, and its step needs whole weights; use "
-            "distributed_type MULTI_GPU in Accelerate's config, or accelerate launch --multi_gpu"
+            f"{what} is not trained with FSDP: it fits into every GPU, and its step needs whole weights; "
+            "leave --fsdp out, or set distributed_type to MULTI_GPU in Accelerate's config"
         )
 
 

@@ -28,7 +28,7 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, which is not supported; use distributed_type"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "leave it out"),
-        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, "torchrun --nproc_per_node N"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, "taming launch --cpu N"),
     ],
 )
 def test_other_launches_are_refused(
