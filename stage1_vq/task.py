@@ -22,10 +22,10 @@ from stage1_vq.inputs import as_picture, model_input
 from stage1_vq.model import VQModel, VQOutput
 from stage1_vq.optimizers import adam, autoencoder_optimizers
 from stage1_vq.passes import Passes
+from stage1_vq.quantizers.health import FirstLatents
 from taming.errors import UserError
 from taming.metrics.codebook import perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
-from taming.training.drift import verify_processes
 from taming.training.ema import Ema
 from taming.training.finite import NonFiniteSteps, StepValues, exchange
 from taming.training.gradients import OwnGradients, clip_gradients, gradient_norm
@@ -149,9 +149,6 @@ class VQTask:
             self.alarm.count(values.counts)
             if warning := self.alarm.observe():
                 self._notes.append(warning)
-        every = self.config.training.verify_processes_every
-        if every is not None and (step + 1) % every == 0:
-            verify_processes(self.modules(), step + 1)
         return logs
 
     def _leave_out(self, step: int, wrong: str, adversary: Adversary | None) -> None:
@@ -213,6 +210,8 @@ class VQTask:
             named["adversary"] = self.adversary.state
         named["codebook_alarm"] = self.alarm
         named["nonfinite"] = self.nonfinite
+        if getattr(self.config.model.quantizer, "kmeans_init", False):
+            named["first_latents"] = FirstLatents(self.model.quantize)
         return {name: module for name, module in named.items() if module is not None}
 
     def optimizers(self) -> dict[str, Optimizer]:

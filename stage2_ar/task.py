@@ -34,7 +34,6 @@ from taming.data.loader import evaluation_batches
 from taming.data.picture import tile
 from taming.errors import UserError
 from taming.training.distributed import reduced_if
-from taming.training.drift import verify_processes
 from taming.training.ema import Ema
 from taming.training.finite import NonFiniteSteps, exchange
 from taming.training.gradients import OwnGradients, clip_gradients, gradient_norm
@@ -182,9 +181,6 @@ class ARTask:
         self._step = step + 1
         if self.whole is not None and self._preview_follows():
             self.whole.take(self._averaged())
-        every = self.config.training.verify_processes_every
-        if every is not None and (step + 1) % every == 0:
-            verify_processes(self.modules(), step + 1)
         return {**told.means, "gradient_model": told.norms["model"]}
 
     def _random_orders(self, codes: Tensor, batch: Batch, step: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage1_vq.quantizers.base import Quantizer
 from stage1_vq.quantizers.search import nearest_codes
@@ -48,7 +48,7 @@ class TableQuantizer(Quantizer):
     """A quantizer with a table of codes, which calls `observe` on what it quantises in training.
 
     Buffers exist only where an option needs them, so that published states load strictly. The latents that
-    k-means waits for are not saved: a run resumed within its first steps collects them again.
+    k-means waits for are no part of the model: `FirstLatents` has them for checkpoints.
 
     Counts, k-means and revival look at the whole step: at all micro-batches of all processes, in the order
     of the pictures, so that their choices depend on neither.
@@ -71,7 +71,8 @@ class TableQuantizer(Quantizer):
         self._settling = False
         self._step = 0
         self._seen: list[tuple[Tensor, Tensor]] = []
-        self._first: list[Tensor] = []
+        self.first: list[Tensor] = []
+        """Of all processes, (N, D) a step: what k-means waits to have enough of."""
 
     @abstractmethod
     def place(self, rows: Tensor, codes: Tensor) -> None:
@@ -106,7 +107,7 @@ class TableQuantizer(Quantizer):
 
     def forget(self) -> None:
         """Drop the latents seen so far: they were not yet those that k-means should start from."""
-        self._first.clear()
+        self.first.clear()
         self._seen.clear()
 
     def forget_step(self) -> None:
@@ -131,13 +132,13 @@ class TableQuantizer(Quantizer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _start_from(self, latents: Tensor) -> None:
-        self._first.append(gather_rows(latents))
-        if sum(map(len, self._first)) >= 2 * self.codebook_size:
-            first = torch.cat(self._first)[: 32 * self.codebook_size]
+        self.first.append(gather_rows(latents))
+        if sum(map(len, self.first)) >= 2 * self.codebook_size:
+            first = torch.cat(self.first)[: 32 * self.codebook_size]
             centres = from_main_process(kmeans(first, self.codebook_size))
             self.place(torch.ones(self.codebook_size, dtype=torch.bool, device=centres.device), centres)
             self.initialised.fill_(True)
-            self._first.clear()
+            self.first.clear()
 
     def _revive(self, revive_after: int, latents: Tensor, counts: Tensor) -> None:
         self.steps_unused.add_(1).masked_fill_(counts > 0, 0)
@@ -158,6 +159,30 @@ class TableQuantizer(Quantizer):
             self.steps_unused.masked_fill_(dead, 0)
             if self.health.revive_below is not None:
                 self.choice_rate.masked_fill_(dead, 1)
+
+
+class FirstLatents(nn.Module):
+    """The latents that the tables of a quantizer wait for k-means with: state of a run, not of the model."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        # In a tuple, so that they are no part of this module.
+        self._tables = tuple(part for part in quantizer.modules() if isinstance(part, TableQuantizer))
+
+    def get_extra_state(self) -> Tensor:
+        """(N, 1 + D): the number of a table, and a latent of it."""
+        rows = [
+            torch.cat((latents.new_full((len(latents), 1), number), latents), 1).cpu()
+            for number, table in enumerate(self._tables)
+            for latents in table.first
+        ]
+        return torch.cat(rows) if rows else torch.zeros(0, 1)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        for number, table in enumerate(self._tables):
+            latents = state[state[:, 0] == number, 1:]
+            table.forget()
+            table.first += [latents.to(table.codebook.device)] if len(latents) else []
 
 
 def kmeans(latents: Tensor, num_centres: int, iterations: int = 10) -> Tensor:

@@ -43,6 +43,8 @@ MODULES, OPTIMIZERS = "modules.safetensors", "optimizers.safetensors"
 RANDOM = "random-{}.safetensors"
 WRITTEN = "written-{}.json"
 """What a process says it wrote, for the manifest."""
+EXTRA = "_extra_state"
+"""torch's name of what a module itself says of its state, of any shape."""
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -129,7 +131,10 @@ def load_checkpoint(
     for name, module in modules.items():
         prefix = f"{name}/"
         state = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
-        _check_state(folder, name, state, module.state_dict())
+        wanted = module.state_dict()
+        if not state and wanted.keys() == {EXTRA}:
+            continue  # counts that earlier versions did not keep: they start here
+        _check_state(folder, name, state, wanted)
         module.load_state_dict(state)
     progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     groups = progress.pop("groups")
@@ -246,7 +251,7 @@ def _check_state(folder: Path, name: str, saved: Mapping[str, Tensor], wanted: M
             "use the config saved in its run or train in another training.output"
         )
     for key, value in wanted.items():
-        if saved[key].shape != value.shape:
+        if key != EXTRA and saved[key].shape != value.shape:
             raise ArtifactError(
                 f"checkpoint {folder} is of another architecture: {name}/{key} is {tuple(saved[key].shape)} "
                 f"there and {tuple(value.shape)} here; use the config saved in its run"

@@ -99,14 +99,16 @@ class NonFiniteSteps(HostState):
             )
         self.skipped += 1
         self.in_a_row += 1
-        text = f"step {step} was left out, the {_ordinal(self.skipped)} of the run: {wrong} is not finite"
+        many = None
         if self.in_a_row >= MOST_IN_A_ROW:
-            raise UserError(f"{text}, and as many as {self.in_a_row} in a row were; {REMEDIES}, and resume")
-        if self.skipped >= ALWAYS and self.skipped > MOST_SHARE * (step + 1):
+            many = f"the last {self.in_a_row} steps were left out"
+        elif self.skipped >= ALWAYS and self.skipped > MOST_SHARE * (step + 1):
+            many = f"{self.skipped} steps, more than {MOST_SHARE:.0%}, were left out"
+        if many is not None:
             raise UserError(
-                f"{text}, which is more than {MOST_SHARE:.0%} of its steps; {REMEDIES}, and resume"
+                f"training diverged at step {step}: {wrong} is not finite, and {many}; {REMEDIES}, and resume"
             )
-        return text
+        return f"a step was left out, the {_ordinal(self.skipped)} of the run: {wrong} is not finite"
 
 
 def _wrong(
