@@ -74,22 +74,22 @@ def run_processes(command: Sequence[str], processes: int, environment: Mapping[s
 
 def _watch(started: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
     """Wait for all processes; the exit code of the first that failed, as a shell would give it."""
-    failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in started):
+    running, failed, deadline = list(started), list[int](), float("inf")
+    while running:
         time.sleep(POLL_SECONDS)
         while received:
-            _send(started, received.pop(0))
-        codes = [process.poll() or 0 for process in started]
-        if not failed and any(codes):
-            # One that left of itself knows more than one that was killed.
-            failed = max(codes) if max(codes) > 0 else min(codes)
+            _send(running, received.pop(0))
+        codes = [code for process in running if (code := process.poll())]
+        running = [process for process in running if process.poll() is None]
+        if codes and not failed:
             deadline = time.monotonic() + GRACE_SECONDS
-            if failed == MISTAKE:
-                _send(started, signal.SIGTERM)
+            if MISTAKE in codes:
+                _send(running, signal.SIGTERM)
+        failed += codes
         if time.monotonic() > deadline:
-            _send(started, signal.SIGKILL)
-    failed = failed or next((process.returncode for process in started if process.returncode), 0)
-    return 128 - failed if failed < 0 else failed
+            _send(running, signal.SIGKILL)
+    # One that left of itself says more than one that was killed.
+    return next((code for code in failed if code > 0), 128 - failed[0] if failed else 0)
 
 
 def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:

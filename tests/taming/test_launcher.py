@@ -1,0 +1,70 @@
+"""Processes that are started together: they find each other, and how they end is what is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from taming import launcher
+from taming.launcher import run_processes
+
+
+def run(source: str, processes: int = 2, environment: dict[str, str] | None = None) -> int:
+    return run_processes(
+        [sys.executable, "-c", f"import os, signal, sys, time\n{source}"], processes, environment or {}
+    )
+
+
+def test_each_process_knows_its_place(tmp_path: Path) -> None:
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_FSDP"
+    source = f"open('{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
+    assert run(source, 3, {"ACCELERATE_USE_FSDP": "true"}) == 0
+    told = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert told == [f"{rank} {rank} 3 3 127.0.0.1 true" for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("sys.exit(2)", "time.sleep(60)", 2),  # a mistake: the others need not say it too
+        ("os.kill(os.getpid(), 9)", "time.sleep(0.5); sys.exit(75)", 75),  # the other knows what happened
+        ("os.kill(os.getpid(), 9)", "time.sleep(60)", 137),  # the other never notices
+        ("sys.exit(1)", "pass", 1),
+    ],
+)
+def test_the_exit_code_is_that_of_the_process_that_knows(
+    monkeypatch: pytest.MonkeyPatch, first: str, second: str, code: int
+) -> None:
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 1.0)
+    begin = time.monotonic()
+    assert run(f"if os.environ['RANK'] == '0': {first}\nelse: {second}") == code
+    assert time.monotonic() - begin < 10
+
+
+def test_signals_are_passed_on_and_waited_for(tmp_path: Path) -> None:
+    source = f"""
+def stop(number, frame):
+    time.sleep(0.5)  # it saves itself
+    open('{tmp_path}/saved' + os.environ['RANK'], 'w').close()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+open('{tmp_path}/ready' + os.environ['RANK'], 'w').close()
+time.sleep(60)
+"""
+
+    def tell() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=tell, daemon=True).start()
+    assert run(source) == 143
+    assert {path.name for path in tmp_path.glob("saved*")} == {"saved0", "saved1"}
+    assert signal.getsignal(signal.SIGTERM) is before
