@@ -95,7 +95,9 @@ def _open_array(path: Source, channels: int | None, max_pixels: int) -> np.ndarr
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         if isinstance(error, EOFError) or any(word in str(error) for word in _CUT_OFF):
             reason = "truncated"
-        raise BadSample(f"array {path} cannot be read: {error}; write it with numpy.save", reason) from None
+        # NumPy's own advice for pickles is to load them unsafely.
+        said = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else error
+        raise BadSample(f"array {path} cannot be read: {said}; write it with numpy.save", reason) from None
     if array.ndim != 3 or channels not in (None, array.shape[0]):
         raise BadSample(
             f"array {path} is {array.shape}, not (C, H, W) with {channels or 'any'} channels; set"

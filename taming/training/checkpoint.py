@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -127,7 +128,7 @@ def load_checkpoint(
             f"checkpoint {folder}: {problem}; resume from another with --resume PATH "
             "or start anew in another training.output"
         )
-    saved = load_file(folder / MODULES)
+    saved = _read_tensors(folder / MODULES)
     for name, module in modules.items():
         prefix = f"{name}/"
         state = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
@@ -136,17 +137,34 @@ def load_checkpoint(
             continue  # counts that earlier versions did not keep: they start here
         _check_state(folder, name, state, wanted)
         module.load_state_dict(state)
-    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-    groups = progress.pop("groups")
-    state = load_file(folder / OPTIMIZERS)
+    try:
+        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        groups = progress.pop("groups")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(folder / PROGRESS, error) from None
+    state = _read_tensors(folder / OPTIMIZERS)
     for name, optimizer in optimizers.items():
         if name not in groups:
             raise ArtifactError(f"checkpoint {folder} holds no optimiser {name!r}: it is of another model")
         _load_optimizer(name, optimizer, groups[name], state)
     random_file = folder / RANDOM.format(accelerator.process_index)
     if random_file.is_file():
-        _set_random_state(load_file(random_file))
+        _set_random_state(_read_tensors(random_file))
     return progress
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """A file that its manifest vouches for; but whoever made it may have made that, too."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{path} cannot be read ({error}); resume from another checkpoint with --resume PATH"
+    )
 
 
 def other_processes(accelerator: Accelerator, folder: Path) -> str | None:
@@ -228,7 +246,9 @@ def verify_checkpoint(folder: Path) -> str | None:
         manifest = _manifest(folder)
         files, processes = manifest["files"], int(manifest["processes"])
         expected = {name: Written(entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if processes > len(files):
+            return f"random states of its {processes} processes are missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error!r})"
     parts = [MODULES, OPTIMIZERS, PROGRESS, *(RANDOM.format(rank) for rank in range(processes))]
     for name in dict.fromkeys([*parts, *expected]):
