@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taming.data.ahead import Ahead
 from taming.data.batch import collate
 from taming.data.dataset import PictureDataset
 from taming.data.parcel import Parcel
@@ -71,8 +72,8 @@ class TrainBatches(Iterator[list[Batch]]):
         return taken
 
     def close(self) -> None:
-        """End the data workers; they end with this object, too."""
-        if isinstance(self._loaded, Workers):
+        """End what reads ahead; it ends with this object, too."""
+        if isinstance(self._loaded, Workers | Ahead):
             self._loaded.close()
 
 
@@ -146,7 +147,9 @@ def train_batches(
                 first = step * batch_size + (rank * micro_batches + micro) * share
                 yield [slot(dataset, seed, number) for number in range(first, first + share)]
 
-    return TrainBatches(_load(dataset, plan(), seed, workers, rank), micro_batches)
+    loaded = _load(dataset, plan(), seed, workers, rank)
+    # Training never waits where the next batches can be made while it works.
+    return TrainBatches(loaded if workers else Ahead(loaded), micro_batches)
 
 
 def evaluation_batches(
@@ -192,12 +195,24 @@ def _load(
     dataset: PictureDataset, plan: Iterator[Sequence[Slot]], seed: int, workers: int, rank: int
 ) -> Iterator[_Loaded]:
     fetch = partial(_fetch, dataset, seed)
+    pin = torch.cuda.is_available() and torch.cuda.is_initialized()
     first = next(plan, None) if workers else None
     if first is None:
-        return map(fetch, plan)
-    pin = torch.cuda.is_available() and torch.cuda.is_initialized()
+        loaded = map(fetch, plan)
+        return map(_pinned, loaded) if pin else loaded
     room = _room(dataset, seed, first)
     return Workers(fetch, chain([first], plan), workers=workers, room=room, rank=rank, pin=pin)
+
+
+def _pinned(loaded: _Loaded) -> _Loaded:
+    """In memory that a GPU copies from while the host goes on."""
+    if loaded.batch is None:
+        return loaded
+    batch = {
+        name: value.pin_memory() if isinstance(value, Tensor) else value
+        for name, value in loaded.batch.items()
+    }
+    return replace(loaded, batch=batch)
 
 
 def _room(dataset: PictureDataset, seed: int, slots: Sequence[Slot]) -> int:
