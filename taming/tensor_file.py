@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
 """The format's names of types."""
-CHUNK = 2**24
-"""Bytes that are hashed and written at a time."""
+CHUNK, SYNC_EVERY = 2**20, 2**26
+"""Bytes that are written at a time, and after which the disk is waited for."""
 
 
 class Written(NamedTuple):
@@ -45,14 +46,21 @@ def write_tensors(
     left behind.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    digest, size, unsynced = hashlib.sha256(), 0, 0
+    # Hashing takes a processor and writing takes the disk: both go on at once, at most one tensor apart.
+    with ThreadPoolExecutor(1) as hasher, path.open("wb") as file:
+        hashed: Future[None] | None = None
         for part in _parts(tensors, order, metadata):
+            before, hashed = hashed, hasher.submit(digest.update, part)
             for start in range(0, len(part), CHUNK):
-                piece = part[start : start + CHUNK]
-                digest.update(piece)
-                file.write(piece)
+                unsynced += file.write(part[start : start + CHUNK])
+                if unsynced >= SYNC_EVERY:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unsynced = 0
             size += len(part)
+            if before is not None:
+                before.result()
         file.flush()
         os.fsync(file.fileno())
     return Written(size, digest.hexdigest())
