@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from itertools import islice
@@ -123,6 +124,54 @@ def equal(first: Batch, second: Batch) -> bool:
         torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
         for name, value in first.items()
     )
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_fewer_samples_than_a_batch_are_taken_again_and_again(length: int) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "micro_batches": 2, "seed": 1}
+    alone = keys(list(islice(train_batches(Numbers(length), **options), 4)))
+    stream = [key for step in alone for key in step]
+    for epoch in range(len(stream) // length):
+        part = stream[epoch * length : (epoch + 1) * length]
+        assert sorted(part) == [(index, epoch, 1) for index in range(length)]
+    helped = train_batches(Numbers(length), **options, workers=3)
+    assert keys(list(islice(helped, 4))) == alone
+    helped.close()
+    for rank in (0, 1):  # each takes its share of each micro-batch's place in the step
+        shared = train_batches(Numbers(length), **options, rank=rank, world_size=2)
+        assert keys(list(islice(shared, 4))) == [step[4 * rank : 4 * rank + 4] for step in alone]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluations_of_fewer_samples_than_processes_or_workers(workers: int) -> None:
+    for length, world_size, expected in ((1, 3, [1, 0, 0]), (5, 4, [2, 1, 1, 1]), (0, 2, [0, 0])):
+        counts = []
+        for rank in range(world_size):
+            batches = evaluation_batches(
+                Numbers(length), batch_size=64, rank=rank, world_size=world_size, workers=workers
+            )
+            counts.append(sum(len(batch["key"]) for batch in batches))
+            assert next(batches, None) is None
+        assert counts == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_samples_are_the_same_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
+    for n in range(6):
+        pixels = np.random.default_rng(n).integers(0, 256, (40, 30 + n, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
+    config = FolderDataConfig(root=tmp_path, size=24, random_scale=(1.0, 1.3), validation_fraction=0)
+    dataset = open_dataset(config, "train")
+    options: dict[str, Any] = {"batch_size": 4, "micro_batches": 2, "seed": 7, "start_step": 2}
+    states = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    alone = list(islice(train_batches(dataset, **options), 9))
+    helped = train_batches(dataset, **options, workers=workers)
+    for first, second in zip(alone, islice(helped, 9), strict=True):
+        assert all(map(equal, first, second))
+        assert all(a["image"].stride() == b["image"].stride() for a, b in zip(first, second, strict=True))
+    helped.close()
+    now = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    assert states == now
 
 
 @pytest.mark.parametrize("cache", [True, False])
