@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -9,6 +11,10 @@ from stage2_ar.config import AROptimizerConfig
 from stage2_ar.model import ARModel
 from stage2_ar.transformer import weight_decay_groups
 from taming.training.muon import ConvMuon
+from taming.training.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from taming.training.muon_sharded import ShardedMuon
 
 STACKED = {"qkv": 3, "gate_up": 2}
 """Layer -> how many matrices its weight holds: queries, keys and values; gate and up."""
@@ -26,7 +32,12 @@ def transformer_optimizers(model: ARModel, config: AROptimizerConfig) -> dict[st
         "model": AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     }
     if hidden:
-        optimizers["model_hidden"] = ConvMuon(
+        muon: type[ConvMuon | ShardedMuon] = ConvMuon
+        if is_sharded(model):
+            from taming.training.muon_sharded import ShardedMuon
+
+            muon = ShardedMuon
+        optimizers["model_hidden"] = muon(
             hidden.values(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,

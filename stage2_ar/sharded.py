@@ -25,11 +25,6 @@ from taming.training.sharding import Sharding
 
 def check_sharding(config: ARTrainConfig) -> None:
     """Raises ConfigError for what sharded weights are not trained with."""
-    if config.optimizer.method == "muon":
-        raise ConfigError(
-            "optimizer.method muon needs whole matrices, and FSDP shards them; use optimizer.method=adam, or "
-            "distributed_type MULTI_GPU in Accelerate's config"
-        )
     if config.compile:
         raise ConfigError(
             "compile does not go with FSDP; set compile=false, or distributed_type MULTI_GPU in Accelerate's "
@@ -63,6 +58,9 @@ def shard_model(
 
 
 def whole_states(optimizers: Iterable[Optimizer]) -> None:
-    """Make the state dicts of optimisers of a sharded model whole."""
+    """Make the state dicts of optimisers of a sharded model whole; Muon's are."""
+    from taming.training.muon_sharded import ShardedMuon
+
     for optimizer in optimizers:
-        whole_state_of_optimizer(optimizer)
+        if not isinstance(optimizer, ShardedMuon):
+            whole_state_of_optimizer(optimizer)

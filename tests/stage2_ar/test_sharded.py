@@ -50,6 +50,10 @@ def config(**changes: Any) -> ARTrainConfig:
     return ar_config(**{**values, **changes})
 
 
+def optimizer(method: str) -> dict[str, Any]:
+    return {"learning_rate": 1e-3, "method": method, "weight_decay": 0.1}
+
+
 def prepared(accelerator: Accelerator, settings: ARTrainConfig) -> ARTask:
     torch.manual_seed(0)
     tokenizer = VQModel(build_config(VQModelConfig, TINY_MODEL)).eval()
@@ -103,9 +107,9 @@ def train(accelerator: Accelerator, folder: Path, task: ARTask, saved: bool = Fa
     return {"losses": losses, "figures": found}
 
 
-def sharded_run(rank: int, folder: Path, whole: Path) -> dict[str, Any]:
+def sharded_run(rank: int, folder: Path, whole: Path, method: str) -> dict[str, Any]:
     os.environ |= SHARDED
-    accelerator, settings = make_accelerator("fp32"), config()
+    accelerator, settings = make_accelerator("fp32"), config(optimizer=optimizer(method))
     task = prepared(accelerator, settings)
     assert is_sharded(task.model)
     told = train(accelerator, folder / "through", task)
@@ -152,17 +156,21 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(differences)
 
 
-def test_two_processes_with_parts_train_as_one_with_all(tmp_path: Path) -> None:
-    accelerator = make_accelerator("fp32")
-    whole = train(accelerator, tmp_path / "whole", prepared(accelerator, config()))
-    outcomes = run_ranks(sharded_run, 2, tmp_path, tmp_path / "whole", timeout=120)
+# Muon finds its orthogonal matrices in bf16, where the last bits of a gradient matter.
+@pytest.mark.parametrize(
+    ("method", "close"), [("adam", 1e-6), pytest.param("muon", 1e-4, marks=pytest.mark.slow)]
+)
+def test_two_processes_with_parts_train_as_one_with_all(tmp_path: Path, method: str, close: float) -> None:
+    accelerator, settings = make_accelerator("fp32"), config(optimizer=optimizer(method))
+    whole = train(accelerator, tmp_path / "whole", prepared(accelerator, settings))
+    outcomes = run_ranks(sharded_run, 2, tmp_path, tmp_path / "whole", method, timeout=120)
     assert [outcome.error for outcome in outcomes] == [None, None]
     first, second = (outcome.result for outcome in outcomes)
     last = f"step-{STEPS:08d}"
 
     assert first["losses"] == second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert first["figures"] == second["figures"] == pytest.approx(whole["figures"], rel=1e-5)
-    assert largest_difference(tmp_path / "whole" / last, tmp_path / "through" / last) < 1e-6
+    assert largest_difference(tmp_path / "whole" / last, tmp_path / "through" / last) < close
     for shares in zip(first["share"], second["share"], strict=True):
         assert sum(shares) == pytest.approx(1)
         assert max(shares) < 0.55
@@ -180,22 +188,16 @@ def test_two_processes_with_parts_train_as_one_with_all(tmp_path: Path) -> None:
         assert torch.equal(value, saved[f"ema/module.{key}"]), key
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / f"step-{SAVED:08d}").symlink_to(tmp_path / "through" / f"step-{SAVED:08d}")
-    alone = train(accelerator, tmp_path / "alone", prepared(accelerator, config()), saved=True)
+    alone = train(accelerator, tmp_path / "alone", prepared(accelerator, settings), saved=True)
     assert alone["losses"] == pytest.approx(whole["losses"][SAVED:], rel=1e-5)
 
     assert first["bf16"] == {"used": torch.bfloat16, "kept": torch.float32, "gradient": torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"optimizer": {"learning_rate": 1e-3, "method": "muon"}}, "method=adam"),
-        ({"compile": True}, "compile=false"),
-    ],
-)
-def test_what_needs_whole_weights_is_refused(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        check_sharding(config(**changes))
+def test_sharded_weights_are_not_compiled() -> None:
+    check_sharding(config())
+    with pytest.raises(ConfigError, match="compile=false"):
+        check_sharding(config(compile=True))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -215,6 +217,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none_shared": {"condition": {"kind": "none", "start_token": 2}},
     "class_shared": {"condition": {"kind": "class", "num_classes": 5, "shared_vocabulary": True}},
     "best": {"keep": "best"},
+    "muon": {"optimizer": {"learning_rate": 1e-3, "method": "muon", "weight_decay": 0.1}},
 }
 
 
