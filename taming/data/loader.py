@@ -93,11 +93,10 @@ class EvaluationBatches(Iterator[Batch]):
                 self._count(loaded)
             if loaded.batch is not None:
                 return loaded.batch
-        if self.skipped:
-            warnings.warn(f"left out of the evaluation: {self._told()}", stacklevel=2)
         raise StopIteration
 
     def _count(self, loaded: _Loaded) -> None:
+        before, known = self.skipped.total(), set(self.skipped)
         self.skipped += loaded.skipped
         self.examples = {**loaded.examples, **self.examples}
         # One may always be bad: a budget of 0.1 % would else be none for fewer than 1000 samples.
@@ -107,6 +106,9 @@ class EvaluationBatches(Iterator[Batch]):
                 f" {self._budget:g} allows; find them with `taming data check`, mend or remove them, or raise"
                 " data.skip_budget"
             )
+        # Whoever evaluates may ask for none of the counts: each new reason is told, and then 10, 100, 1000.
+        if set(self.skipped) - known or len(str(self.skipped.total())) > len(str(before)):
+            warnings.warn(f"left out of the evaluation so far: {self._told()}", stacklevel=3)
 
     def _told(self) -> str:
         return "; ".join(

@@ -132,14 +132,19 @@ def test_an_evaluation_leaves_bad_pictures_out_and_says_so(folder: Path, workers
     for n in (1, 2, 3):
         (folder / f"images/{n:02}.png").unlink()
     batches = evaluation_batches(dataset, batch_size=2, workers=workers)
-    with pytest.warns(UserWarning, match=r"left out of the evaluation: 3 missing \(first: picture .*01\.png"):
+    with pytest.warns(
+        UserWarning, match=r"left out of the evaluation so far: 1 missing \(first: picture .*01\.png"
+    ):
         keys = [batch["key"] for batch in batches]
     assert [key for batch in keys for key in batch] == ["00", *(f"{n:02}" for n in range(4, COUNT))]
     assert len(keys) == 9  # of two samples of a batch, both were bad
     assert batches.skipped == {"missing": 3}
     for n in (4, 5):
         truncate(folder / f"images/{n:02}.png")
-    with pytest.raises(DataError, match=r"3 missing .*truncated.*more of the 20 .*skip_budget = 0.2"):
+    with (
+        pytest.raises(DataError, match=r"3 missing .*truncated.*more of the 20 .*skip_budget = 0.2"),
+        pytest.warns(UserWarning, match="3 missing"),
+    ):
         list(evaluation_batches(dataset, batch_size=4, workers=workers))
     dataset.skip_budget = 0
     with pytest.raises(BadSample, match=r"01\.png"):
