@@ -110,7 +110,9 @@ def held_out(keys: Sequence[str], fraction: float) -> set[str]:
     """
     if fraction == 0 or len(keys) < 2:
         return set()
-    places = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
-    order = sorted(places, key=lambda key: (places[key], key))
-    below = sum(place < fraction for place in places.values())
-    return set(order[: min(max(below, 1), len(order) - 1)])
+    places = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys]
+    below = {key for key, place in zip(keys, places, strict=True) if place < fraction}
+    if 0 < len(below) < len(keys):
+        return below
+    order = sorted(zip(places, keys, strict=True))
+    return {key for _, key in (order[:-1] if below else order[:1])}
