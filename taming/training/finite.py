@@ -59,12 +59,14 @@ def exchange(
     rows = told[: table.numel()].view_as(table)
     lengths = [whole_norm(norm).detach().double().reshape(1) for norm in norms.values()]
     host = torch.cat((rows.flatten(), *lengths)).tolist()
-    columns = {name: host[place : table.numel() : len(row)] for place, name in enumerate((*values, *own))}
+    columns = [host[place : table.numel() : len(row)] for place in range(len(row))]
+    terms = dict(zip(values, columns, strict=False))
+    brought = dict(zip(own, columns[len(values) :], strict=True))
     means = rows.mean(0)[: len(values)].float()
     return StepValues(
         means=dict(zip(values, means.unbind(), strict=True)),
-        read={name: sum(columns[name]) / len(table) for name in values},
-        wrong=_wrong(columns, values, dict(zip(norms, host[table.numel() :], strict=True)), own),
+        read={name: sum(column) / len(column) for name, column in terms.items()},
+        wrong=_wrong(terms, dict(zip(norms, host[table.numel() :], strict=True)), brought),
         norms={name: length.float().squeeze(0) for name, length in zip(norms, lengths, strict=True)},
         counts=None if counts is None else told[table.numel() :].long(),
     )
@@ -112,17 +114,18 @@ class NonFiniteSteps(HostState):
 
 
 def _wrong(
-    columns: Mapping[str, Sequence[float]],
-    values: Mapping[str, Tensor],
+    terms: Mapping[str, Sequence[float]],
     norms: Mapping[str, float],
-    own: Mapping[str, Tensor],
+    brought: Mapping[str, Sequence[float]],
 ) -> str | None:
-    """The terms that are not finite or, where all of them are, the gradients."""
-    found = [f"{name}{_whose(columns[name])}" for name in values if _bad(columns[name])]
+    """The terms that are not finite or, where all of them are, the gradients; columns of all processes."""
+    found = [f"{name}{_whose(column)}" for name, column in terms.items() if _bad(column)]
     if not found:
-        for name, length in norms.items():
-            if not math.isfinite(length):
-                found.append(f"the gradient of the {name}{_whose(columns[name]) if name in own else ''}")
+        found = [
+            f"the gradient of the {name}{_whose(brought.get(name, ()))}"
+            for name, length in norms.items()
+            if not math.isfinite(length)
+        ]
     return ", ".join(found) or None
 
 
@@ -132,7 +135,7 @@ def _bad(column: Sequence[float]) -> list[int]:
 
 def _whose(column: Sequence[float]) -> str:
     ranks = _bad(column)
-    if len(column) == 1 or not ranks:
+    if len(column) < 2 or not ranks:
         return ""
     return f" (process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {len(column)})"
 

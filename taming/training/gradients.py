@@ -1,6 +1,7 @@
 """Gradients of a player: their length, found once, and whose fault it is where they are not finite."""
 
 # Annotations are no strings here: DDP looks at those of its hook.
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -44,6 +45,8 @@ class OwnGradients:
         self._sums: list[Tensor] | None = None
         if isinstance(model, DistributedDataParallel):
             self._sums = []
+            # Of weights with one output channel, whose first stride means nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             model.register_comm_hook(self._sums, _note_and_average)
 
     def take(self) -> Tensor | None:
