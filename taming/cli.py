@@ -10,6 +10,7 @@ import ast
 import os
 import sys
 import time
+import warnings
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from typer.main import get_command
 LONGEST_ERROR = 4000
 SAME_SECONDS = 2.0
 """A process other than the main one waits so long before it says what is wrong."""
+_FORMAT_WARNING = warnings.formatwarning
 
 
 @cache
@@ -79,6 +81,17 @@ def _root() -> None:
     """
 
 
+def _as_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    from taming.errors import DataWarning
+    from taming.options import printable
+
+    if issubclass(category, DataWarning):  # it is for users: where in the code it was said does not matter
+        return f"warning: {printable(str(message))}\n"
+    return _FORMAT_WARNING(message, category, filename, lineno, line)
+
+
 def main() -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2, never a traceback.
 
@@ -87,6 +100,7 @@ def main() -> None:
     from taming.errors import UserError
     from taming.options import printable
 
+    warnings.formatwarning = _as_one_line
     try:
         app()
     except UserError as error:

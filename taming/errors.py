@@ -45,5 +45,9 @@ class BadSample(DataError):
         return str(self.args[0])
 
 
+class DataWarning(UserWarning):
+    """Some of the data is not used: how much, and why."""
+
+
 class ArtifactError(UserError):
     """A saved model or a checkpoint cannot be used."""

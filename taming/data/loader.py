@@ -25,7 +25,7 @@ from taming.data.parcel import Parcel
 from taming.data.patience import patiently
 from taming.data.transforms import uniforms
 from taming.data.workers import Workers
-from taming.errors import BadSample, ConfigError, DataError, UserError
+from taming.errors import BadSample, ConfigError, DataError, DataWarning, UserError
 from taming.types import Batch
 
 Slot = tuple[int, int]
@@ -108,7 +108,7 @@ class EvaluationBatches(Iterator[Batch]):
             )
         # Whoever evaluates may ask for none of the counts: each new reason is told, and then 10, 100, 1000.
         if set(self.skipped) - known or len(str(self.skipped.total())) > len(str(before)):
-            warnings.warn(f"left out of the evaluation so far: {self._told()}", stacklevel=3)
+            warnings.warn(f"left out of the evaluation so far: {self._told()}", DataWarning, stacklevel=3)
 
     def _told(self) -> str:
         return "; ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from taming.config import Config, build_config, parse_override, read_yaml, set_value
 from taming.data.config import DataConfig, ScenesDataConfig
 from taming.data.dataset import PictureDataset, open_dataset
-from taming.errors import DataError
+from taming.errors import DataError, DataWarning
 
 
 class _Source(Config):
@@ -81,7 +82,8 @@ class AllSplits(PictureDataset):
         first = parts[0]
         self.size, self.provides = first.size, first.provides
         self.class_names, self.num_labels = first.class_names, first.num_labels
-        self.object_names = first.object_names
+        self.object_names, self.skip_budget = first.object_names, first.skip_budget
+        self.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -104,8 +106,16 @@ class AllSplits(PictureDataset):
 def open_split(config: DataConfig, split: str) -> PictureDataset:
     """The split "train", "validation" or "all" of a data set. Raises UserError.
 
-    "all" of the scenes is their validation split: their training split has no end.
+    "all" of the scenes is their validation split: their training split has no end. Warns of what its notes
+    say: whoever measures or converts must know what was left out.
     """
+    dataset = _open_split(config, split)
+    for note in dataset.notes:
+        warnings.warn(note, DataWarning, stacklevel=2)
+    return dataset
+
+
+def _open_split(config: DataConfig, split: str) -> PictureDataset:
     match split:
         case "train" | "validation":
             return open_dataset(config, split)
@@ -118,11 +128,17 @@ def open_split(config: DataConfig, split: str) -> PictureDataset:
 
 
 def open_splits(config: DataConfig) -> tuple[PictureDataset, PictureDataset]:
-    """The training and the validation split. Raises UserError where there is nothing to evaluate on."""
+    """The training and the validation split, what was left out of either in the notes of the first.
+
+    Raises UserError where there is nothing to evaluate on.
+    """
     splits = open_dataset(config, "train"), open_dataset(config, "validation")
     if not len(splits[1]):
         raise DataError(
             "no validation pictures are left; raise data.validation_fraction (or data.num_validation), or "
             "give more pictures"
         )
+    train, validation = splits
+    other = [f"of those to evaluate on: {note}" for note in validation.notes if note not in train.notes]
+    train.notes = [*train.notes, *other]
     return splits

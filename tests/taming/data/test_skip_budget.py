@@ -16,12 +16,15 @@ from PIL import Image
 
 from taming.data import patience
 from taming.data.config import FolderDataConfig
-from taming.data.dataset import PictureDataset, open_dataset
+from taming.data.dataset import PictureDataset, Split, open_dataset
+from taming.data.folder import FolderDataset
 from taming.data.loader import evaluation_batches, substitute, train_batches
 from taming.data.picture import read_picture
-from taming.errors import BadSample, DataError
+from taming.data.source import open_split, open_splits
+from taming.errors import BadSample, DataError, DataWarning
 
 COUNT = 20
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 @pytest.fixture
@@ -76,6 +79,28 @@ def test_what_is_bad_on_opening_is_left_out_and_told(folder: Path) -> None:
         for kind in ("images", "labels"):
             (folder / kind / f"{name}.png").unlink(missing_ok=True)
     assert not opened(folder, skip_budget=0, **MAPS).notes
+
+
+def test_what_is_left_out_is_told_before_training_and_before_measuring(folder: Path) -> None:
+    config = FolderDataConfig(root=folder / "images", size=16, validation_fraction=0.3, skip_budget=0.2)
+    keys = {split: [entry.key for entry in FolderDataset(config, split).entries] for split in SPLITS}
+    for split in SPLITS:
+        (folder / f"images/{keys[split][0]}.png").write_bytes(b"")
+    train, validation = open_splits(config)
+    assert len(train.notes) == 2
+    assert train.notes[0].startswith("left 1 truncated out of 20 pictures; ")
+    assert train.notes[1].startswith("of those to evaluate on: left 1 truncated out of 20 pictures; ")
+    assert f"{keys['validation'][0]}.png" in train.notes[1]
+    with pytest.warns(DataWarning, match="left 1 truncated") as told:
+        whole = open_split(config, "all")
+    assert len(told) == 2
+    assert len(whole) == len(train) + len(validation) == COUNT - 2
+    assert whole.skip_budget == 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for split in SPLITS:
+            (folder / f"images/{keys[split][0]}.png").unlink()
+        open_split(config, "all")
 
 
 def test_classes_keep_their_numbers_when_all_pictures_of_one_are_left_out(tmp_path: Path) -> None:
