@@ -9,9 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from stage2_ar.config import ARTrainConfig
 from stage2_ar.model import ARModel
-from taming.errors import ConfigError
 from taming.training.ema import Ema
 from taming.training.sharded import (
     WholeCopy,
@@ -23,22 +21,20 @@ from taming.training.sharded import (
 from taming.training.sharding import Sharding
 
 
-def check_sharding(config: ARTrainConfig) -> None:
-    """Raises ConfigError for what sharded weights are not trained with."""
-    if config.compile:
-        raise ConfigError(
-            "compile does not go with FSDP; set compile=false, or distributed_type MULTI_GPU in Accelerate's "
-            "config"
-        )
-
-
 def shard_model(
-    loss: nn.Module, model: ARModel, average: Ema | None, sharding: Sharding, accelerator: Accelerator
+    loss: nn.Module,
+    model: ARModel,
+    average: Ema | None,
+    sharding: Sharding,
+    accelerator: Accelerator,
+    *,
+    compiled: bool = False,
 ) -> WholeCopy:
     """Spread `model`, a part of `loss`, and its average; returns where they are evaluated in one piece.
 
     Nothing may be on the device before: weights go there a block at a time, since all of them need not fit.
-    State dicts of model and average stay whole. Optimisers are built afterwards.
+    `compiled` runs blocks through torch.compile in training. State dicts of model and average stay whole.
+    Optimisers are built afterwards.
     """
     device = accelerator.device
     copy = WholeCopy(model, device)
@@ -46,6 +42,10 @@ def shard_model(
     bf16 = accelerator.mixed_precision == "bf16" and device.type == "cuda"
     block_dtype = torch.bfloat16 if bf16 else None
     shard(loss, model.transformer.blocks, sharding, device, block_dtype=block_dtype)
+    if compiled:
+        for block in model.transformer.blocks:
+            # Inside of what gathers a block's weights, which is not to be compiled.
+            block.forward = torch.compile(block.forward)
     whole_state_of(model)
     if average is None:
         copy.follow(model)

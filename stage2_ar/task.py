@@ -25,7 +25,7 @@ from stage2_ar.optimizers import transformer_optimizers
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.random_order import random_share, sample_orders
 from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
-from stage2_ar.sharded import check_sharding, shard_model, whole_states
+from stage2_ar.sharded import shard_model, whole_states
 from stage2_ar.shown import condition_rows
 from stage2_ar.transformer import code_log_likelihood, next_code_loss
 from taming.collective import sum_over_processes
@@ -105,10 +105,7 @@ class ARTask:
         self._step = 0
 
     def prepare(self, accelerator: Accelerator, total_steps: int) -> None:
-        """Move to the device, wrap for several processes or shard, build the optimisers.
-
-        Raises ConfigError for what does not go with the launcher's sharding.
-        """
+        """Move to the device, wrap for several processes or shard, build the optimisers."""
         self.accelerator, self.total_steps = accelerator, total_steps
         sharding = read_sharding()
         if sharding is not None and accelerator.num_processes > 1:
@@ -129,11 +126,12 @@ class ARTask:
 
     def _shard(self, sharding: Sharding) -> None:
         """`prepare` with weights, averages and optimiser states spread over all processes."""
-        check_sharding(self.config)
         self.tokenizer.to(self.accelerator.device)
         self.model.transformer.recompute = self.config.recompute or sharding.recompute
         self._loss = _Loss(self.model, self.config.pkeep, self.config.label_smoothing)
-        self.whole = shard_model(self._loss, self.model, self.ema, sharding, self.accelerator)
+        self.whole = shard_model(
+            self._loss, self.model, self.ema, sharding, self.accelerator, compiled=self.config.compile
+        )
         self._own_gradients = OwnGradients(self._loss)
         self._optimizers = transformer_optimizers(self.model, self.config.optimizer)
         whole_states(self._optimizers.values())

@@ -17,7 +17,6 @@ from stage2_ar.conditions.text import keep_features_in
 from stage2_ar.config import ARModelConfig, ARTrainConfig, CodesDataConfig
 from stage2_ar.fine_tuning import check_start
 from stage2_ar.memorisation import FixedSample
-from stage2_ar.sharded import check_sharding
 from stage2_ar.task import ARTask, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
@@ -137,8 +136,7 @@ def check_options(config: ARTrainConfig, values: ARModelConfig) -> None:
     """Whether a start and a compiler that the config wants are there, and what the launcher asks for goes
     with it. Raises UserError."""
     check_launch()
-    if read_sharding() is not None:
-        check_sharding(config)
+    read_sharding()
     if config.init_from is not None:
         check_start(values, config.init_from)
     if config.compile:

@@ -21,10 +21,9 @@ from stage1_vq.config import VQModelConfig
 from stage2_ar import ARPipeline
 from stage2_ar.conditions.base import take_rows
 from stage2_ar.config import ARTrainConfig
-from stage2_ar.sharded import check_sharding
 from stage2_ar.task import ARTask
 from taming.config import build_config
-from taming.errors import ConfigError, UserError
+from taming.errors import UserError
 from taming.training.checkpoint import load_checkpoint, save_checkpoint
 from taming.training.distributed import make_accelerator
 from taming.training.sharded import is_sharded, shard, state_in_parts
@@ -194,12 +193,6 @@ def test_two_processes_with_parts_train_as_one_with_all(tmp_path: Path, method: 
     assert first["bf16"] == {"used": torch.bfloat16, "kept": torch.float32, "gradient": torch.float32}
 
 
-def test_sharded_weights_are_not_compiled() -> None:
-    check_sharding(config())
-    with pytest.raises(ConfigError, match="compile=false"):
-        check_sharding(config(compile=True))
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt": {"transformer": {"kind": "gpt", "num_layers": 2, "num_heads": 2, "width": 16}},
     "without_average": {"training": {**TINY_TRAINING, "batch_size": 8, "steps": STEPS, "ema_decay": None}},
@@ -221,10 +214,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variants(rank: int, folder: Path, environment: dict[str, str]) -> dict[str, list[float]]:
+COMPILED = {"compiled": {"compile": True, "recompute": True}}
+
+
+def variants(
+    rank: int, folder: Path, environment: dict[str, str], configs: dict[str, Any]
+) -> dict[str, list[float]]:
     os.environ |= environment
     accelerator, told = make_accelerator("fp32"), {}
-    for name, changes in VARIANTS.items():
+    for name, changes in configs.items():
         task = prepared(accelerator, config(**changes))
         told[name] = [*steps(accelerator, task, 0, STEPS), figures(accelerator, task)["loss"]]
         save_checkpoint(accelerator, folder / name, STEPS, task.modules(), task.optimizers(), {})
@@ -236,13 +234,21 @@ def variants(rank: int, folder: Path, environment: dict[str, str]) -> dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "wishes",
-    [{}, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {"FSDP_RESHARD_AFTER_FORWARD": "false"}],
-    ids=["by_block", "no_wrap", "kept"],
+    ("wishes", "configs"),
+    [
+        ({}, VARIANTS),
+        ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, VARIANTS),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, VARIANTS),
+        ({}, COMPILED),
+    ],
+    ids=["by_block", "no_wrap", "kept", "compiled"],
 )
-def test_every_kind_of_training_is_sharded(tmp_path: Path, wishes: dict[str, str]) -> None:
-    alone = variants(0, tmp_path / "alone", {})
-    outcomes = run_ranks(variants, 2, tmp_path / "both", {**SHARDED, **wishes}, timeout=300)
+def test_every_kind_of_training_is_sharded(
+    tmp_path: Path, wishes: dict[str, str], configs: dict[str, Any]
+) -> None:
+    plain = {name: {**changes, "compile": False} for name, changes in configs.items()}
+    alone = variants(0, tmp_path / "alone", {}, plain)
+    outcomes = run_ranks(variants, 2, tmp_path / "both", {**SHARDED, **wishes}, configs, timeout=300)
     assert [outcome.error for outcome in outcomes] == [None, None]
     for name, losses in alone.items():
         assert outcomes[0].result[name] == pytest.approx(losses, rel=1e-5), name
