@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from taming.errors import UserError
-from taming.options import parse_size, show_figures
+from taming.options import parse_size, printable, show_figures
 
 if TYPE_CHECKING:
     from stage1_vq.interop.imported import Imported
@@ -47,7 +47,7 @@ def import_model(
     for reason, names in imported.left_out.items():
         typer.echo(f"left out {len(names)} tensors: {reason} (names in {out / 'import.json'})")
     for note in imported.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(printable(f"note: {note}"))
 
 
 def read_model(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from taming.errors import UserError
-from taming.options import parse_size
+from taming.options import parse_size, printable
 
 PROGRAMS = ("taming-transformers",)
 
@@ -60,4 +60,4 @@ def import_pipeline(
     for reason, names in imported.left_out.items():
         typer.echo(f"left out {len(names)} tensors: {reason} (names in {out / 'import.json'})")
     for note in imported.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(printable(f"note: {note}"))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taming.config import Config, read_yaml, shipped_configs
+from taming.options import printable
 from taming.training.config import TrainingConfig
 from taming.training.loop import Interrupted, RunResult
 
@@ -49,7 +50,7 @@ def train_or_describe(
         return
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
     for note in result.notes:  # again, since they may be far above
-        typer.echo(note)
+        typer.echo(printable(note))
     typer.echo(f"model in {result.model}  {figures}")
 
 

@@ -25,6 +25,7 @@ from rich.progress import (
 from torch import Tensor
 
 from taming.data.picture import save_png, to_uint8
+from taming.options import printable
 
 
 class Tracker:
@@ -170,7 +171,7 @@ class Tracker:
     def note(self, text: str) -> None:
         """One line for the user."""
         if self.enabled:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _columns(figures: dict[str, float]) -> Columns:

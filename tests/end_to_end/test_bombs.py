@@ -252,6 +252,6 @@ def test_commands_refuse_bombs_in_processes_of_their_own(folder: Path, models: P
         return int(done.stdout.split()[-1]) * 1024
 
     bomb = folder / "whole.png" / "whole.png"
-    pairs = zip(commands(bomb, models, tmp_path), commands(none, models, tmp_path), strict=True)
-    for with_bomb, without in pairs:
+    for number in (0, 3, 5):  # reconstruct, train, sample
+        with_bomb, without = (commands(path, models, tmp_path)[number] for path in (bomb, none))
         assert peak(with_bomb) - peak(without) < LIMIT, with_bomb
