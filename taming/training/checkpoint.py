@@ -38,12 +38,14 @@ from taming.disk import full_disk
 from taming.errors import ArtifactError, FaultError
 from taming.tensor_file import Written, tensor_bytes, write_tensors
 from taming.training.agreement import Agreement
+from taming.training.sharded import state_in_parts
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 MODULES, OPTIMIZERS = "modules.safetensors", "optimizers.safetensors"
 RANDOM = "random-{}.safetensors"
 WRITTEN = "written-{}.json"
 """What a process says it wrote, for the manifest."""
+WAY_ON = "free some space and go on with --resume auto"
 EXTRA = "_extra_state"
 """torch's name of what a module itself says of its state, of any shape."""
 NAME = re.compile(r"step-(\d{8,})")
@@ -132,7 +134,7 @@ def load_checkpoint(
     for name, module in modules.items():
         prefix = f"{name}/"
         state = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
-        wanted = module.state_dict()
+        wanted = state_in_parts(module)
         if not state and wanted.keys() == {EXTRA}:
             continue  # counts that earlier versions did not keep: they start here
         _check_state(folder, name, state, wanted)
@@ -370,7 +372,7 @@ def _or_full_disk(stage: Callable[[], None], final: Path, needed: int) -> None:
         stage()
     except OSError as error:
         partial = final.with_name(final.name + TEMPORARY)
-        raise full_disk(error, "checkpoint", final, needed, partial=partial) from error
+        raise full_disk(error, "checkpoint", final, needed, partial=partial, way_on=WAY_ON) from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

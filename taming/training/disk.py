@@ -12,6 +12,7 @@ from taming.disk import folder_bytes, free_bytes
 from taming.errors import UserError
 from taming.tensor_file import tensor_bytes
 from taming.training.memory import format_bytes
+from taming.training.sharded import state_in_parts
 
 ADAM_MOMENTS = 2
 """Tensors of a parameter's size that its optimiser will keep, where it has none yet; Muon keeps fewer."""
@@ -27,7 +28,7 @@ def check_disk(
     """
     checkpoint = checkpoint_bytes(modules, optimizers)
     # Of a model and its averaged copy one is what users get.
-    model = sum(tensor_bytes(module.state_dict()) for name, module in modules.items() if name != "ema")
+    model = sum(tensor_bytes(state_in_parts(module)) for name, module in modules.items() if name != "ema")
     needed = (keep + 1) * checkpoint + 2 * model
     free = free_bytes(run) + folder_bytes(run / "checkpoints") + folder_bytes(run / "model")
     if free < needed:
@@ -41,7 +42,7 @@ def check_disk(
 
 def checkpoint_bytes(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> int:
     """What a checkpoint takes; optimisers that have made no step yet are counted as Adam's."""
-    total = sum(tensor_bytes(module.state_dict()) for module in modules.values())
+    total = sum(tensor_bytes(state_in_parts(module)) for module in modules.values())
     for optimizer in optimizers.values():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         total += ADAM_MOMENTS * sum(p.numel() * p.element_size() for p in parameters)
