@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,9 @@ from taming.data.findings import in_threads
 from taming.data.left_out import LeftOut
 from taming.data.order import epoch_order
 from taming.data.picture import FileBytes
+from taming.data.shards_ahead import FetchAhead
 from taming.data.shards_index import INDEX, Entries, Kind, ShardFacts, ShardIndex, parse_entries
-from taming.data.shards_store import OpenFiles, open_store
+from taming.data.shards_store import OpenFiles, RemoteStore, open_store
 from taming.data.shards_tar import extension_of, member_name, parse_objects
 from taming.data.stored import MAP_KINDS, MapKind, Stored, StoredDataset, held_out
 from taming.errors import BadSample, DataError
@@ -54,7 +56,10 @@ class ShardDataset(StoredDataset):
         self.object_names = self.index.object_names if "objects" in self.fields else ()
         self.provides = frozenset({*self.fields, "crop", "key"})
         self._files = OpenFiles()
-        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._ahead: FetchAhead | None = None
+        if isinstance(self.store, RemoteStore):
+            self._ahead = FetchAhead(self.store, self.shards, self._blocks)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,20 +97,28 @@ class ShardDataset(StoredDataset):
                 _, row, entries = self._place(index)
                 yield from entries.caption(row).split("\n")
 
+    def sample(self, index: int, epoch: int, *, seed: int = 0) -> dict[str, Any]:
+        if self._ahead is not None and epoch >= 0:
+            self._ahead.reading(int(self._shard_of[self.rows[index]]), seed, epoch)
+        return super().sample(index, epoch, seed=seed)
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Blocks of `shuffle_shards` shards in a random order, their samples mixed; else as of a folder."""
-        block = self.config.shuffle_shards
-        if len(self.shards) <= block:
+        if len(self.shards) <= self.config.shuffle_shards:
             return epoch_order(seed, epoch, len(self))
-        if (seed, epoch) not in self._orders:
-            random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
-            # The place of each shard in a random order; then that of each sample in its block.
-            place = np.argsort(np.argsort(random.random(len(self.shards)), kind="stable"), kind="stable")
-            block_of = place[self._shard_of[self.rows]] // block
-            self._orders[seed, epoch] = np.lexsort((random.random(len(self)), block_of))
-            while len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        return self._orders[seed, epoch]
+        order = self._orders.get((seed, epoch))
+        if order is None:
+            keys = _random(seed, epoch).random(len(self.shards) + len(self))[len(self.shards) :]
+            order = np.lexsort((keys, self._blocks(seed, epoch)[self._shard_of[self.rows]]))
+            # A new dict, since threads may ask for several at once.
+            newest = list(self._orders.items())[-1:]
+            self._orders = {**dict(newest), (seed, epoch): order}
+        return order
+
+    def _blocks(self, seed: int, epoch: int) -> np.ndarray:
+        """(number of shards,): the block in which an epoch takes each shard."""
+        places = np.argsort(_random(seed, epoch).random(len(self.shards)), kind="stable")
+        return np.argsort(places, kind="stable") // self.config.shuffle_shards
 
     def fingerprint(self) -> str:
         """sha256 over the hashes in the index, what is read of it, and which samples are the split's."""
@@ -216,6 +229,10 @@ class ShardDataset(StoredDataset):
         """The first of the samples that are chosen by a mask."""
         number, row, entries = self._place(int(np.flatnonzero(chosen)[0]))
         return f"{self.store.name}/{self.shards[number].file}:{entries.key(row)}"
+
+
+def _random(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
 
 
 def _fields(config: ShardsDataConfig, index: ShardIndex, name: str) -> list[Kind]:

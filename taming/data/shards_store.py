@@ -88,15 +88,18 @@ class RemoteStore:
         return self.cache.get(join_address(self.root, shard.file), shard.size, shard.sha256)
 
     def lengths(self, shards: Sequence[ShardFacts]) -> list[int | None]:
-        at_once = sum(sorted(shard.size for shard in shards)[-self.shuffle_shards :])
-        at_once += sum(shard.entries_size for shard in shards)
-        if at_once > self.cache.size:
+        if not self.holds(shards, self.shuffle_shards):
+            at_once = min(len(shards), self.shuffle_shards)
             raise DataError(
-                f"data.cache_size {format_bytes(self.cache.size)} is less than the {format_bytes(at_once)} of"
-                f" {min(len(shards), self.shuffle_shards)} shards that are mixed at a time; raise it or lower"
-                " data.shuffle_shards"
+                f"data.cache_size {format_bytes(self.cache.size)} is less than the"
+                f" {format_bytes(_largest(shards, at_once))} of {at_once} shards that are mixed at a"
+                " time; raise it or lower data.shuffle_shards"
             )
         return [shard.size for shard in shards]
+
+    def holds(self, shards: Sequence[ShardFacts], at_once: int) -> bool:
+        """Whether the cache has room for any so many shards."""
+        return _largest(shards, at_once) <= self.cache.size
 
 
 def open_store(config: ShardsDataConfig) -> Store:
@@ -167,6 +170,11 @@ def _read_again(find: Callable[[], Path], read: Callable[[Path], T]) -> T:
         except FileNotFoundError:
             continue
     return read(find())
+
+
+def _largest(shards: Sequence[ShardFacts], count: int) -> int:
+    """Bytes of the `count` largest shards, and of the entries of all."""
+    return sum(sorted(shard.size for shard in shards)[-count:]) + sum(shard.entries_size for shard in shards)
 
 
 def _length(path: Path) -> int | None:

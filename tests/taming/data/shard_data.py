@@ -50,7 +50,9 @@ def write_everything(root: Path, count: int = 8) -> FolderDataConfig:
     )
 
 
-def of_shards(config: FolderDataConfig, root: Path | str, **changes: Any) -> ShardsDataConfig:
+def of_shards(
+    config: FolderDataConfig | ShardsDataConfig, root: Path | str, **changes: Any
+) -> ShardsDataConfig:
     """The same data from a pack of it, as a user would switch: kind and root alone change."""
     return ShardsDataConfig(**{**config.model_dump(), "kind": "shards", "root": root, **changes})
 
