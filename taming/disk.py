@@ -17,7 +17,13 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def full_disk(
-    error: OSError, what: str, path: Path, needed: int | None = None, *, partial: Path | None = None
+    error: OSError,
+    what: str,
+    path: Path,
+    needed: int | None = None,
+    *,
+    partial: Path | None = None,
+    way_on: str = "free some space, or choose a folder on another disk",
 ) -> FaultError:
     """The error that says that `what` at `path`, of `needed` bytes, was not written.
 
@@ -27,7 +33,7 @@ def full_disk(
     needs = "" if needed is None else f"it needs {format_bytes(needed)}, and "
     return FaultError(
         f"{what} {path} was not written ({error.strerror or error}): {needs}{format_bytes(free)} are free "
-        "there; free some space, or choose a folder on another disk; what was saved before is whole"
+        f"there; {way_on}; what was saved before is whole"
     )
 
 

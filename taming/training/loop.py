@@ -18,17 +18,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from taming.atomic import whole_folder
 from taming.config import Config, save_config
 from taming.data.batch import to_device, validate_batch
 from taming.data.dataset import PictureDataset
 from taming.data.loader import TrainBatches, evaluation_batches, train_batches
+from taming.disk import room_for
 from taming.errors import UserError
 from taming.training.agreement import Agreement
 from taming.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
+    other_processes,
     remove_checkpoints_after,
     save_checkpoint,
+    tidy,
 )
 from taming.training.config import TrainingConfig
 from taming.training.disk import check_disk
@@ -92,7 +96,8 @@ def run_training(
     checkpoint of `run`, if any), "never", or a checkpoint's path.
     Raises UserError where the run cannot start, Interrupted after a signal.
     """
-    checkpoint = choose_checkpoint(run, resume)
+    passed_over: list[str] = []
+    checkpoint = choose_checkpoint(run, resume, passed_over)
     if checkpoint is not None:
         check_same_config(checkpoint.parents[1], config)
     accelerator = make_accelerator(training.precision)
@@ -105,7 +110,7 @@ def run_training(
         task = build_task()
         task.prepare(accelerator, training.steps)
         set_seed(training.seed, device_specific=True)  # dropout differs between processes from here on
-        keep = training.keep_checkpoints
+        keep = training.keep_checkpoints + (task.guard is not None)
         agreement.together(lambda: check_disk(run, task.modules(), task.optimizers(), keep))
         with (
             _one_run_a_folder(agreement, run, main),
@@ -124,11 +129,12 @@ def run_training(
                 tracker,
                 signals,
             )
-            for note in launch_notes(training.precision):
+            for note in (*launch_notes(training.precision), *passed_over):
                 tracker.note(note)
             if checkpoint is not None:
                 loop.resume(checkpoint)
             else:
+                tracker.cut_back(0, 0)  # what a run said that ended before its first checkpoint
                 for note in train_data.notes:
                     tracker.note(note)
             if main:
@@ -166,16 +172,25 @@ class _Loop:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, as if the run had never stopped."""
         modules, optimizers = self.task.modules(), self.task.optimizers()
-        progress = load_checkpoint(self.accelerator, checkpoint, modules, optimizers)
+        progress = self.agreement.together(
+            lambda: load_checkpoint(self.accelerator, checkpoint, modules, optimizers)
+        )
         check_same_data(checkpoint, progress["data"], self.fingerprint)
         self.step, self.pictures = progress["step"], progress["pictures"]
         # Checkpoints of earlier versions have none of these.
         self.sums = _Sums(progress.get("sums", {}))
         self.skipped = Skipped(self.train_data, progress.get("skipped", {}))
         self.evaluation_due = progress.get("evaluation_due", False)
-        if checkpoint.parents[1] == self.run and "log_size" in progress:
-            self.tracker.cut_back(progress["log_size"], self.step)
+        self.figures = progress.get("figures", {})
         self.tracker.note(f"resumed from {checkpoint} at step {self.step}")
+        if (text := other_processes(self.accelerator, checkpoint)) is not None:
+            self.tracker.note(text)
+        if checkpoint.parents[1] == self.run:
+            if self.accelerator.is_main_process:
+                keep = self.training.keep_checkpoints
+                tidy(checkpoint.parent, self.step, keep=keep, healthy_step=self._healthy_step())
+            if "log_size" in progress:
+                self.tracker.cut_back(progress["log_size"], self.step)
 
     def go(self) -> dict[str, float]:
         """Train from `step` on to the end; the last evaluation's figures. Raises Interrupted, UserError."""
@@ -184,7 +199,7 @@ class _Loop:
         if self.evaluation_due:
             self._after_step()
         batches, first = self._batches(), True
-        guard = self.task.guard
+        guard, ended = self.task.guard, self.step >= training.steps
         while self.step < training.steps:
             if guard is not None and guard.needs_checkpoint(self.step):
                 guard.arm(self.step)
@@ -204,6 +219,7 @@ class _Loop:
                 batches = self._batches()
                 continue
             self.sums.add(logs)
+            self.figures = {}
             self.step, self.pictures = self.step + 1, self.pictures + training.batch_size
             tracker.advance(self.step)
             text = self.skipped.add(skipped, self.pictures)
@@ -212,8 +228,9 @@ class _Loop:
             if training.verify_processes_every and self.step % training.verify_processes_every == 0:
                 verify_processes(self.task.modules(), self.step)
             self._after_step()
-        if not self.figures:  # resumed at the end: nothing was left to train, but perhaps to save
-            self._evaluate()
+        if ended:  # resumed at the end: nothing was left to train, but perhaps to save
+            if not self.figures:
+                self._evaluate()
             self._save_model()
         accelerator.wait_for_everyone()
         return self.figures
@@ -285,8 +302,6 @@ class _Loop:
                 if self.accelerator.is_main_process:
                     remove_checkpoints_after(root, self.step)
                 self.accelerator.wait_for_everyone()
-                self._save()
-            tracker.start(self.step, self.pictures)
             action = f"went back to step {self.step}"
         again = f"has {guard.scale:.2g} of its weight from step {guard.resumed_step} on"
         text = (
@@ -294,6 +309,10 @@ class _Loop:
             f"{guard.config.max_rollbacks}; the adversarial term {again if guard.active else 'is off now'}"
         )
         self._tell(*noticed, text)
+        if folder is not None:
+            with tracker.pause():
+                self._save()  # what was told is part of it
+            tracker.start(self.step, self.pictures)
 
     def _tell(self, step: int, pictures: int, text: str) -> None:
         self.tracker.event(step, pictures, text)
@@ -311,14 +330,19 @@ class _Loop:
             workers=self.training.workers,
         )
 
-    def _save(self, *, model: bool = True) -> Path:
+    def _healthy_step(self) -> int:
+        """The newest checkpoint up to it is kept, however old; -1: no more than others."""
         guard = self.task.guard
+        return guard.healthy_step if guard is not None and guard.active else -1
+
+    def _save(self, *, model: bool = True) -> Path:
         progress = {
             "pictures": self.pictures,
             "data": self.fingerprint,
             "sums": self.sums.state(),
             "skipped": dict(self.skipped.counts),
             "evaluation_due": self.evaluation_due,
+            "figures": self.figures,
             "log_size": self.tracker.log_size(),
         }
         folder = save_checkpoint(
@@ -329,7 +353,7 @@ class _Loop:
             self.task.optimizers(),
             progress,
             keep=self.training.keep_checkpoints,
-            healthy_step=guard.healthy_step if guard is not None and guard.active else -1,
+            healthy_step=self._healthy_step(),
             agreement=self.agreement,
         )
         if model:
@@ -337,8 +361,13 @@ class _Loop:
         return folder
 
     def _save_model(self) -> None:
-        if self.accelerator.is_main_process:
-            self.task.save_model(self.run / "model")
+        def write() -> None:
+            if self.accelerator.is_main_process:
+                model = self.run / "model"
+                with room_for("model", model), whole_folder(model) as folder:
+                    self.task.save_model(folder)
+
+        self.agreement.together(write)
 
     def _validation(self) -> Iterator[Any]:
         batches = evaluation_batches(

@@ -41,8 +41,11 @@ SHOWN = 8
 """So many differences are spelled out."""
 
 
-def choose_checkpoint(run: Path, resume: str) -> Path | None:
-    """What `--resume auto|never|PATH` means for the folder `run`. Raises UserError."""
+def choose_checkpoint(run: Path, resume: str, passed_over: list[str]) -> Path | None:
+    """What `--resume auto|never|PATH` means for the folder `run`. Raises UserError.
+
+    `passed_over` takes a line about each damaged checkpoint that is newer than the chosen one.
+    """
     existing = list_checkpoints(run / "checkpoints")
     if resume == "never":
         if existing:
@@ -52,20 +55,25 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
             )
         return None
     if resume == "auto":
-        newest = latest_checkpoint(run / "checkpoints")
-        if newest is None and existing:
-            raise ArtifactError(
-                f"all {len(existing)} checkpoints of {run} are damaged; remove the folder to start anew"
-            )
-        return newest
+        return _newest(run, existing, passed_over)
     path = Path(resume)
     if not path.is_dir():
         raise UserError(
             f"--resume {resume}: no such checkpoint folder; use auto, never or RUN/checkpoints/step-N"
         )
-    if list_checkpoints(path / "checkpoints"):  # a run's folder was given
-        return latest_checkpoint(path / "checkpoints")
+    if existing := list_checkpoints(path / "checkpoints"):  # a run's folder was given
+        return _newest(path, existing, passed_over)
     return path
+
+
+def _newest(run: Path, existing: list[Path], passed_over: list[str]) -> Path | None:
+    newest = latest_checkpoint(run / "checkpoints", damaged=passed_over)
+    if newest is None and existing:
+        raise ArtifactError(
+            f"all {len(existing)} checkpoints of {run} are damaged ({passed_over[0]}); remove the folder to "
+            "start anew"
+        )
+    return newest
 
 
 def check_same_config(run: Path, config: Config) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ from rich.progress import (
 from torch import Tensor
 
 from taming.data.picture import save_png, to_uint8
+from taming.disk import NO_ROOM, room_for
+from taming.errors import FaultError
 from taming.options import printable
 
 
@@ -52,6 +55,8 @@ class Tracker:
         if not self.enabled:
             return self
         (self.run / "previews").mkdir(parents=True, exist_ok=True)
+        self._hook = threading.excepthook
+        threading.excepthook = _without_full_disk(self._hook)
         self._open_writer()
         self._log = (self.run / "log.jsonl").open("a", encoding="utf-8")
         if self.console.is_terminal:
@@ -74,16 +79,25 @@ class Tracker:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        if self.enabled:
-            self._writer.close()
-            self._log.close()
+        if not self.enabled:
+            return
+        try:
+            with room_for("log", self.run):
+                self._writer.close()
+                self._log.close()
+        except FaultError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self._hook
 
     def log_size(self) -> int:
         """Bytes of the log so far, which the disk holds when this returns."""
         if not self.enabled:
             return 0
-        self._log.flush()
-        os.fsync(self._log.fileno())
+        with room_for("log", self.run):
+            self._log.flush()
+            os.fsync(self._log.fileno())
         return self._log.tell()
 
     def cut_back(self, log_size: int, step: int) -> None:
@@ -122,10 +136,11 @@ class Tracker:
             figures = {"pictures_per_second": pace, "data_wait": self._waited / seconds, **figures}
             self._last_time, self._last_pictures, self._waited = now, pictures, 0.0
         record = {"step": step, "pictures": pictures, "kind": kind, **figures}
-        self._log.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-        self._log.flush()
-        for name, value in figures.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+        with room_for("log", self.run):
+            self._log.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self._log.flush()
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
         if self._progress is not None and self._live is not None and kind == "train":
             shown_pace = f"{figures.pop('pictures_per_second'):.1f} pictures/s"
@@ -141,8 +156,9 @@ class Tracker:
     def picture(self, step: int, image: Tensor) -> None:
         """Keep a preview sheet (C, H, W) in [-1, 1]."""
         if self.enabled:
-            save_png(image, self.run / "previews" / f"step-{step:08d}.png")
-            self._writer.add_image("preview", to_uint8(image), step)
+            with room_for("preview", self.run / "previews"):
+                save_png(image, self.run / "previews" / f"step-{step:08d}.png")
+                self._writer.add_image("preview", to_uint8(image), step)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -158,9 +174,10 @@ class Tracker:
         if not self.enabled:
             return
         record = {"step": step, "pictures": pictures, "kind": "note", "text": text}
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
-        self._writer.add_text("note", text, step)
+        with room_for("log", self.run):
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+            self._writer.add_text("note", text, step)
         self.note(f"step {step}: {text}")
 
     def _open_writer(self, purge_step: int | None = None) -> None:
@@ -172,6 +189,17 @@ class Tracker:
         """One line for the user."""
         if self.enabled:
             self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def _without_full_disk(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[..., Any]:
+    """TensorBoard writes in a thread: what stopped it there is raised again by the next call, in one line."""
+
+    def quiet(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        if not (isinstance(error, OSError) and error.errno in NO_ROOM):
+            hook(arguments)
+
+    return quiet
 
 
 def _columns(figures: dict[str, float]) -> Columns:

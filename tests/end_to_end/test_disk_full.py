@@ -116,10 +116,11 @@ def test_a_checkpoint_on_a_full_disk(tmp_path: Path, processes: int) -> None:
     code, said, again = on_a_small_disk(
         tmp_path, size=4000, left=100, sign="checkpoints/step-00000020", launch=launch
     )
-    # torchrun turns its processes' codes into 1.
+    # torchrun turns its processes' codes into 1. Of several processes one may speak for all.
     assert code == (75 if processes == 1 else 1), said[-2000:]
-    errors = [line for line in said.splitlines() if "error: checkpoint" in line]
-    assert len(errors) == processes
+    errors = [line for line in said.splitlines() if "error: " in line and " checkpoint /" in line]
+    assert 1 <= len(errors) <= processes
+    assert "died" not in said
     for error in errors:
         assert re.search(
             r"step-000000\d\d was not written \(No space left on device\): it needs \S+ KiB", error
