@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import nn
 
 from taming.errors import ConfigError, UserError
@@ -57,7 +57,12 @@ def make_accelerator(precision: str) -> Accelerator:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve_precision(precision)],
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+                # All processes move buffers alike: sending a codebook in every forward would only hide where
+                # they do not.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
     if accelerator.num_processes < _world_size():
         raise UserError(

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from stage1_vq.quantizers import Quantizer, build_quantizer
 from tests.contracts.test_quantizers import CONFIGS
+from tests.ranks import run_ranks
 
 STEPS = 5
 DRAW = ("gumbel", "gumbel-soft")
 """Each process draws its own noise."""
-PICK = ("nearest-healthy", "ema-healthy", "simvq-healthy", "residual-healthy", "ibq-healthy")
-"""Revival picks latents of the main process, which alone sees other ones than with half of them."""
+HEALTHY = ("nearest-healthy", "ema-healthy", "simvq-healthy", "residual-healthy", "ibq-healthy")
 
 
 def batch(code_dim: int, step: int) -> Tensor:
@@ -58,21 +53,16 @@ def train(rank: int, processes: int) -> dict[str, Tensor]:
     return result
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def train_as_one_of_two(rank: int) -> dict[str, np.ndarray]:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    save_file(train(rank, 2), Path(folder) / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+    return {key: value.numpy() for key, value in train(rank, 2).items()}
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+def test_two_processes_agree_with_one():
+    outcomes = run_ranks(train_as_one_of_two, 2)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    first, second = ({k: torch.from_numpy(v) for k, v in o.result.items()} for o in outcomes)
     alone = train(0, 1)
     compared = set()
     for key, value in first.items():
@@ -82,9 +72,9 @@ def test_two_processes_agree_with_one(tmp_path: Path):
             assert_close(both, alone[key], rtol=1e-4, atol=1e-6, msg=f"{key} differs from one process's")
             continue
         assert_close(value, second[key], rtol=0, atol=0, msg=f"processes differ in {key}")
-        if name not in DRAW and (kind == "grad" or name not in PICK):
+        if name not in DRAW:
             assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=f"{key} differs from one process's")
             compared.add(name)
-    assert compared >= CONFIGS.keys() - set(DRAW) - {"ema-healthy"}
-    for name in PICK:
+    assert compared == CONFIGS.keys() - set(DRAW)
+    for name in HEALTHY:
         assert all(value for key, value in first.items() if key.startswith(name) and "initialised" in key)
