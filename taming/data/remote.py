@@ -111,8 +111,8 @@ class FileCache:
     def _touch(self, path: Path) -> bool:
         try:
             os.utime(path)
-        except FileNotFoundError:
-            return False
+        except OSError:
+            return path.is_file()  # of somebody else's cache, perhaps, that can only be read
         return True
 
     def _make_room(self, size: int, keep: str) -> None:

@@ -65,8 +65,15 @@ class ShardFacts(Config):
     sha256: Sha256
     entries: Name
     """The file of its Entries."""
-    entries_size: int = Field(ge=1, le=2**34)
+    entries_size: int = Field(ge=1)
     entries_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardFacts:
+        # What is said of a file takes less room than the file and its header.
+        if self.entries_size > self.size + 2**16:
+            raise ValueError(f"its {self.entries_size} bytes of entries are more than the shard has")
+        return self
 
 
 class ShardIndex(Config):
@@ -239,10 +246,12 @@ def _check_entries(entries: Entries, shard: ShardFacts, index: ShardIndex) -> No
             raise ValueError(f"{name} is {value.shape}, not ({count},)")
     if entries.sizes.shape != (count, 2) or entries.sizes.min() < 1:
         raise ValueError("its sizes are not those of pictures")
-    _check_ends(entries.keys, entries.key_ends, "keys")
+    _check_texts(entries.keys, entries.key_ends, "keys")
+    check_keys(entries.keys, entries.key_ends)
     if entries.caption_ends is not None:
-        _check_ends(entries.captions, entries.caption_ends, "captions")
-        entries.captions.decode()
+        if entries.caption_ends.shape != (count,):
+            raise ValueError(f"caption_ends is {entries.caption_ends.shape}, not ({count},)")
+        _check_texts(entries.captions, entries.caption_ends, "captions")
     for kind, places in entries.places.items():
         inside = (places.offset >= 0) & (places.offset <= shard.size - places.size.astype(np.int64))
         if not inside.all():
@@ -251,12 +260,21 @@ def _check_entries(entries: Entries, shard: ShardFacts, index: ShardIndex) -> No
             raise ValueError(f"it places {kind} wrongly")
     if entries.labels is not None and not _within(entries.labels, len(index.class_names)):
         raise ValueError(f"its labels lie outside of the index's {len(index.class_names)} classes")
-    check_keys(entries.keys, entries.key_ends)
 
 
-def _check_ends(data: bytes, ends: np.ndarray, what: str) -> None:
-    if ends[-1] != len(data) or (np.diff(ends, prepend=0) <= 0).any():
+def _check_texts(data: bytes, ends: np.ndarray, what: str) -> None:
+    """Raises ValueError."""
+    inside = (ends > 0) & (ends <= len(data))
+    if ends[-1] != len(data) or not inside.all() or (np.diff(ends) <= 0).any():
         raise ValueError(f"its {what} do not end where it says")
+    data.decode()
+    if (_firsts(data, ends) & 0xC0 == 0x80).any():
+        raise ValueError(f"its {what} begin within a character")
+
+
+def _firsts(data: bytes, ends: np.ndarray) -> np.ndarray:
+    """The first byte of each of the parts that were joined."""
+    return np.frombuffer(data, np.uint8)[np.concatenate([[0], ends[:-1]])]
 
 
 def _within(values: np.ndarray, count: int) -> bool:
@@ -265,12 +283,9 @@ def _within(values: np.ndarray, count: int) -> bool:
 
 def check_keys(keys: bytes, ends: np.ndarray) -> None:
     """Raises ValueError for a key that would leave a folder if it became a path, as in results' names."""
-    data = np.frombuffer(keys, np.uint8)
-    first, last = data[np.concatenate([[0], ends[:-1]])], data[ends - 1]
-    slashes = (first == ord("/")) | (last == ord("/"))
-    # Most shards have no dots in keys: there only slashes can be wrong, and bytes within a character.
-    plain = b"." not in keys and b"//" not in keys and not (slashes | (first & 0xC0 == 0x80)).any()
-    if plain and not _CONTROL.search(keys.decode()):
+    # Most shards have no dots in keys: there only slashes can be wrong.
+    slashes = (_firsts(keys, ends) == ord("/")) | (np.frombuffer(keys, np.uint8)[ends - 1] == ord("/"))
+    if b"." not in keys and b"//" not in keys and not slashes.any() and not _CONTROL.search(keys.decode()):
         return
     for row in range(len(ends)):
         check_key(piece(keys, ends, row).decode())

@@ -144,9 +144,14 @@ class OpenFiles:
         """
         file = self._open(find, name)
         parts: list[bytes] = []
-        while size > 0 and (part := os.pread(file.fileno(), size, offset)):
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
+        try:
+            while size > 0 and (part := os.pread(file.fileno(), size, offset)):
+                parts.append(part)
+                offset, size = offset + len(part), size - len(part)
+        except OSError:
+            # A handle may have become stale for good, where the file has not.
+            self._local.files.pop(name).close()
+            raise
         return b"".join(parts)
 
     def _open(self, find: Callable[[], Path], name: str) -> BinaryIO:

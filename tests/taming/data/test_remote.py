@@ -76,6 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> FolderDataConfig:
 def server(folder: FolderDataConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(remote, "TIMEOUT_SECONDS", 5.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server(folder.root.parent / "pack")
     yield server
     server.http.shutdown()

@@ -255,6 +255,7 @@ def test_what_index_and_entries_say_is_checked(folder: FolderDataConfig, pack: P
     refused("which labels", {"num_labels": None})
     refused("unknown key shards.0.extra", {}, extra=1)
     refused("holds other bytes", {}, entries_sha256="0" * 64)
+    refused("more than the shard has", {}, entries_size=2**40)
     for text in (b"{", b"[" * 10**5, b"\xff", b"[]"):
         path.write_bytes(text)
         with pytest.raises(DataError, match=r"as JSON|no index of"):
@@ -288,7 +289,11 @@ def test_entries_stay_within_their_shard(packed: Path) -> None:
     refused("2 classes", replaced(labels=np.array([0, 1, 2])))
     refused("not those of pictures", replaced(sizes=entries.sizes * 0))
     refused("keys do not end", replaced(key_ends=entries.key_ends[::-1].copy()))
+    # Differences of these do not fit into 64 bits, and look right.
+    refused("keys do not end", replaced(key_ends=np.array([2**62, -(2**63), entries.key_ends[-1]])))
     refused("segmentation/offset' is missing", replaced(places={"image": entries.places["image"]}))
+    refused("captions begin within", replaced(captions="aéb".encode(), caption_ends=np.array([1, 2, 4])))
+    refused("captions do not end", replaced(caption_ends=entries.key_ends + 10**6))
     for keys in (b"../a", b"/etc", b"a/../b", b"a//b", b"a\n", b"a\\b", b"\xff\xff"):
         ends = np.array([1, 2, 2 + len(keys)])
         refused("get it again", replaced(keys=b"xy" + keys, key_ends=ends))
