@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from taming.archive import check_stored
 from taming.errors import ArtifactError
 
 HARMLESS = (
@@ -70,6 +71,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"checkpoint {path} cannot be read: {error}; fetch it again") from None
+    check_stored(path)
     try:
         # Old pickles make torch.load warn about how they were written, which is nobody's business here.
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, n) for n in HARMLESS]):
@@ -104,6 +106,13 @@ def tensors_of(content: Mapping[str, Any], path: Path, section: str) -> dict[str
             f"checkpoint {path} has no weights under {section!r}, and is not a plain mapping of names to "
             f"tensors either (it holds: {found})"
         )
+    for key, value in state.items():
+        # A view may claim any shape: one number, repeated a billion times.
+        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            raise ArtifactError(
+                f"checkpoint {path}: {key} is {tuple(value.shape)} and made of fewer numbers than that; it is"
+                " not loaded"
+            )
     return {str(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from taming.archive import check_stored
 from taming.data.picture import to_uint8
 from taming.errors import UserError
 
@@ -76,6 +77,7 @@ def _state(weights: str | Path | None, url: str) -> dict[str, Tensor]:
                 f"FID needs Inception's weights, which are neither at {cached} nor to be downloaded "
                 f"({error}); {out}"
             ) from None
+    check_stored(weights)
     try:
         return dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:

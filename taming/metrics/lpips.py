@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from taming.archive import check_stored
 from taming.errors import UserError
 
 VGG16_FILE = "vgg16-397923af.pth"
@@ -156,6 +157,7 @@ def _vgg_state(path: str | Path | None) -> dict[str, Tensor]:
                 f"to be downloaded ({error}); {out}"
             ) from None
         return dict(state)
+    check_stored(path)
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:

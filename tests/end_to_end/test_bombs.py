@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -193,6 +194,37 @@ def test_packed_tars_are_not_unpacked(tmp_path: Path) -> None:
         assert [finding.reason for finding in check_source(str(tmp_path))] == ["unreadable"]
         assert "no data at" in refused("data", "check", tmp_path / "b.tar.gz")
         assert "a.tar" in refused("data", "index", tmp_path)
+
+    assert extra_memory(read) < LIMIT
+
+
+def compressed(data: bytes) -> bytes:
+    """The same archive with its parts deflated."""
+    out = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(data)) as parts,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for part in parts.infolist():
+            archive.writestr(part.filename, parts.read(part))
+    return out.getvalue()
+
+
+def test_weights_are_not_unpacked_or_repeated(tmp_path: Path, models: Path) -> None:
+    zeros, repeated = io.BytesIO(), io.BytesIO()
+    torch.save({"decoder.conv_blocks.0.x": torch.zeros(2 * LIMIT, dtype=torch.uint8)}, zeros)
+    torch.save({"decoder.conv_blocks.0.x": torch.zeros(1, dtype=torch.half).expand(2**20, 2**12)}, repeated)
+    deflated = write(tmp_path / "deflated.pt", compressed(zeros.getvalue()))
+    shared = write(tmp_path / "shared.pt", repeated.getvalue())
+    del zeros
+    out = ["--out", tmp_path / "out"]
+
+    def read() -> None:
+        assert "compressed archive" in refused("vq", "import", "llamagen", deflated, *out)
+        for option, weights in (("--lpips", "--vgg-weights"), ("--fid", "--inception-weights")):
+            line = refused("vq", "eval", models / "vq", "scenes", option, weights, deflated)
+            assert "compressed archive" in line
+        assert "fewer numbers" in refused("vq", "import", "llamagen", shared, *out)
 
     assert extra_memory(read) < LIMIT
 
