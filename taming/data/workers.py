@@ -66,9 +66,9 @@ class Workers(Iterator[Result], Generic[Job, Result]):
         pin: bool = False,
     ) -> None:
         assert workers >= 1
+        self._workers: list[_Worker] = []
         self._jobs, self._rank, self._patience, self._pin = jobs, rank, patience, pin
         self._owner, self._turn = os.getpid(), 0
-        self._workers: list[_Worker] = []
         if not _open:  # after multiprocessing's own, and so called before it
             atexit.unregister(_close_all)
             atexit.register(_close_all)
@@ -128,7 +128,8 @@ class Workers(Iterator[Result], Generic[Job, Result]):
         _open.discard(self)
 
     def __del__(self) -> None:
-        self.close()
+        if self._workers:  # not when the interpreter ends: what close needs may be gone
+            self.close()
 
     def _give(self, worker: _Worker) -> None:
         job = next(self._jobs, None)
