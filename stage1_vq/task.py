@@ -163,7 +163,8 @@ class VQTask:
         if guard is not None and can_go_back and self.nonfinite.policy == "stop":
             guard.collapse = f"{wrong} is not finite"
             return
-        self._notes.append(self.nonfinite.refuse(step, wrong))
+        if note := self.nonfinite.refuse(step, wrong):
+            self._notes.append(note)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

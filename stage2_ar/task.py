@@ -168,7 +168,8 @@ class ARTask:
         if told.wrong is not None:
             for optimizer in self._optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            self._notes.append(self.nonfinite.refuse(step, told.wrong))
+            if note := self.nonfinite.refuse(step, told.wrong):
+                self._notes.append(note)
             return {}
         self.nonfinite.made()
         clip_gradients(self.model.parameters(), norm, self.config.training.clip_norm)

@@ -1,5 +1,9 @@
 """Entropy of the choice of a code: low for one cell, high over a batch.
 
+The batch is that of all processes, exactly: each differentiates its own share of the mean. With
+training.accumulation above 1 it is that of a micro-batch: the entropy of the whole step's mean is not the
+mean of their entropies, and would need all of them to be encoded twice.
+
 Axes: N latents, K codes, L bits.
 """
 

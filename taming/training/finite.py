@@ -19,6 +19,8 @@ MOST_IN_A_ROW = 100
 """Steps left out one after another with which a run gives up."""
 ALWAYS, MOST_SHARE = 10, 0.1
 """It gives up as well once so many and this share of its steps were left out."""
+TOLD = 10
+"""So many of them are told one by one."""
 REMEDIES = "lower optimizer.learning_rate, set training.clip_norm, use training.precision=fp32"
 
 
@@ -89,10 +91,11 @@ class NonFiniteSteps(HostState):
         """A step was made."""
         self.in_a_row = 0
 
-    def refuse(self, step: int, wrong: str) -> str:
+    def refuse(self, step: int, wrong: str) -> str | None:
         """`step` cannot be made; returns what the user should be told where the run goes on without it.
 
-        Raises UserError, the same on every process, where the run has to stop.
+        Of many only the first ones and every hundredth are told. Raises UserError, the same on every process,
+        where the run has to stop.
         """
         if self.policy == "stop":
             raise UserError(
@@ -110,6 +113,8 @@ class NonFiniteSteps(HostState):
             raise UserError(
                 f"training diverged at step {step}: {wrong} is not finite, and {many}; {REMEDIES}, and resume"
             )
+        if self.skipped > TOLD and self.skipped % 100:
+            return None
         return f"a step was left out, the {_ordinal(self.skipped)} of the run: {wrong} is not finite"
 
 
