@@ -65,6 +65,9 @@ class ScenesDataConfig(Config):
 class PicturesConfig(Config):
     """Pictures that lie in files, of any size, mode and aspect: how samples are made of them."""
 
+    # Of the kinds below; here so that a saved config begins with them.
+    kind: str
+    root: Path | str
     channels: int = Field(3, ge=1)
     """Pictures are read as grey (1; 16 bits are kept), RGB (3) or RGBA (4); arrays have any number."""
     condition_channels: int = Field(3, ge=1)
