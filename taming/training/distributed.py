@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    patch_environment,
+)
 from torch import nn
 
 from taming.errors import ConfigError, UserError
@@ -57,6 +62,8 @@ def make_accelerator(precision: str) -> Accelerator:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve_precision(precision)],
+            # Losses are divided by the task; an environment that says otherwise would divide them twice.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
                 # All processes move buffers alike: sending a codebook in every forward would only hide where
@@ -84,6 +91,12 @@ def check_launch() -> None:
         raise ConfigError(
             "Accelerate's config has a parallelism_config (tensor, context or sequence parallelism), which "
             "is not supported; leave it out: FSDP shards over all processes"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise ConfigError(
+            f"Accelerate's config compiles whole models (dynamo_backend {compiler}), which is not supported; "
+            "set it to no; in stage two, compile=true compiles the transformer's blocks"
         )
     # Without mpirun, `accelerate launch --cpu` starts one process, whatever --num_processes says; a port is
     # all that it leaves of the others.

@@ -41,8 +41,6 @@ def read_sharding() -> Sharding | None:
         )
     if os.environ.get("FSDP_IGNORED_MODULES"):
         raise ConfigError("fsdp_ignored_modules is not supported: everything is sharded; leave it out")
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise ConfigError("sharded weights are not compiled; set dynamo_backend to no")
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP").upper()
     if policy not in ("TRANSFORMER_BASED_WRAP", "NO_WRAP"):
         raise ConfigError(

@@ -28,6 +28,7 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, which is not supported; use distributed_type"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "leave it out"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "compile=true"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, "taming launch --cpu N"),
     ],
 )
@@ -49,7 +50,6 @@ def test_other_launches_are_refused(
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
         ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}, "use Block"),
         ({"FSDP_RESHARD_AFTER_FORWARD": "HYBRID_SHARD"}, "true or false"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set dynamo_backend to no"),
     ],
 )
 def test_other_sharding_is_refused(
@@ -89,6 +89,13 @@ def test_the_training_config_decides_about_precision(monkeypatch: pytest.MonkeyP
         assert make_accelerator("fp32").mixed_precision == "no"
         assert f"mixed_precision {asked}" in launch_notes("fp32")[0]
     assert launch_notes("bf16") == []
+
+
+def test_losses_are_divided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    value = torch.ones((), requires_grad=True)
+    make_accelerator("fp32").backward(value)
+    assert value.grad == 1
 
 
 def found(rank: int, on_cpu: bool) -> tuple[int, int, float]:
