@@ -30,11 +30,13 @@ from typing import Any
 
 import torch
 import torch.utils.tensorboard.writer  # a second, once for all runs
+from safetensors.torch import load_file
 
 import stage1_vq.train
 import stage2_ar.train
 from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
+from taming.artifact import content_hash
 from taming.config import build_config
 from taming.errors import UserError
 from taming.training.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints
@@ -286,6 +288,19 @@ def unfinished(run: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_ino) for path in paths}
 
 
+def broken_models(run: Path) -> list[str]:
+    """What is wrong with the saved model, which there is from the first save on and stays whole."""
+    found = []
+    for config in sorted((run / "model").rglob("config.json")):
+        state = load_file(config.parent / "model.safetensors")
+        if json.loads(config.read_text())["content_hash"] != content_hash(state):
+            found.append(f"{config.parent} holds other weights than it says")
+    saved = [path for path in list_checkpoints(run / "checkpoints") if checkpoint_step(path) > 6]
+    if saved and not found and not (run / "model").is_dir():
+        found.append(f"{run} has no model any more")
+    return found
+
+
 class Hunt:
     """Kills the runs of one scenario until enough have died; `failures` says what went wrong."""
 
@@ -376,6 +391,7 @@ class Hunt:
         launch.wait(5)
         folder = run / "checkpoints"
         planned.left = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        self.failures += broken_models(run)
         planned.left += sorted(path.name for path in run.glob("model.*"))
         self.kills.append(planned)
 

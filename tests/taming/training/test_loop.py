@@ -129,3 +129,73 @@ def test_the_first_batch_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loop, "to_device", without_maps)
     with pytest.raises(UserError, match="segmentation is needed too"):
         train_tokenizer(vq_config(), tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_tokenizer(vq_config(), tmp_path / "whole")
+    train_tokenizer(vq_config(), tmp_path / "damaged")
+    newest = list_checkpoints(tmp_path / "damaged/checkpoints")[-1]
+    with (newest / "modules.safetensors").open("r+b") as file:
+        file.truncate(100)
+    capfd.readouterr()
+    # A run's folder names its newest checkpoint, as `auto` does.
+    train_tokenizer(vq_config(), tmp_path / "damaged", resume=str(tmp_path / "damaged"))
+    said = capfd.readouterr().err
+    assert f"{newest} is passed over: modules.safetensors is damaged" in said
+    assert "checkpoints/step-00000002 at step 2" in said
+    a, b = last_state(tmp_path / "whole"), last_state(tmp_path / "damaged")
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "damaged")
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_never_begun_anew_unasked(tmp_path: Path) -> None:
+    train_tokenizer(vq_config(), tmp_path)
+    for folder in list_checkpoints(tmp_path / "checkpoints"):
+        (folder / "progress.json").write_text("{}")
+    for resume in ("auto", str(tmp_path)):
+        with pytest.raises(UserError, match=r"all 3 checkpoints .* damaged \(.*progress\.json is damaged"):
+            train_tokenizer(vq_config(), tmp_path, resume=resume)
+
+
+def test_a_finished_run_that_is_started_again_only_saves_its_model(tmp_path: Path) -> None:
+    whole = train_tokenizer(vq_config(), tmp_path)
+    before, weights = log_without_times(tmp_path), (tmp_path / "model/model.safetensors").read_bytes()
+    (tmp_path / "model/model.safetensors").unlink()  # as a kill before it was saved
+    again = train_tokenizer(vq_config(), tmp_path)
+    assert again.figures == whole.figures
+    assert log_without_times(tmp_path) == before
+    assert (tmp_path / "model/model.safetensors").read_bytes() == weights
+
+
+def test_what_a_run_without_a_checkpoint_left_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(vq_config(discriminator=None), tmp_path)
+    assert len(log_without_times(tmp_path)) == 3
+    train_tokenizer(vq_config(discriminator=None), tmp_path)
+    assert [(record["step"], record["kind"]) for record in log_without_times(tmp_path)] == [
+        (1, "train"), (2, "train"), (2, "validation"), (3, "train"), (4, "train"), (4, "validation"),
+    ]  # fmt: skip
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taming.training.disk.free_bytes", lambda path: 2**20)
+    with pytest.raises(UserError, match=r"the run needs about .* MiB in .* 1\.0 MiB are to be had there"):
+        train_tokenizer(vq_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def log_without_times(run: Path) -> list[dict[str, object]]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    timing = ("pictures_per_second", "data_wait")
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]
