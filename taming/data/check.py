@@ -10,7 +10,6 @@ from taming.config import build_config, parse_override, read_yaml, set_value
 from taming.data.config import (
     DataConfig,
     FolderDataConfig,
-    PicturesConfig,
     ScenesDataConfig,
     ShardsDataConfig,
 )
@@ -66,24 +65,21 @@ def check_source(
         if overrides:
             raise DataError(f"{source} holds codes, which no option changes; leave out {overrides[0]}")
         return check_codes(codes, decode=decode, progress=progress)
-    # One pixel: nothing says how large pictures must be.
-    values: dict[str, Any] = {"size": 1}
+    tars = _bare_tars(path)
+    if not tars and not is_pack(source):
+        data = data_from(source, size=1, overrides=overrides)
+        return check_data(data, workers=workers, decode=decode, progress=progress)
+    # Not through the index, which may be what is damaged. One pixel: nothing says how large pictures must be.
+    values: dict[str, Any] = {"kind": "shards", "root": source, "size": 1}
     for override in overrides:
         key, value = parse_override(override)
         set_value(values, key.removeprefix("data."), value)
-    tars = _bare_tars(path)
+    config = build_config(ShardsDataConfig, values, source=source)
     if tars:
         from taming.data.check_shards import check_tars
 
-        config = build_config(PicturesConfig, values, source=source)
         return check_tars(tars, config, workers=workers, decode=decode, progress=progress)
-    data: DataConfig
-    if is_pack(source):  # not through its index, which may be what is damaged
-        values = {"kind": "shards", "root": source, **values}
-        data = build_config(ShardsDataConfig, values, source=source)
-    else:
-        data = data_from(source, size=1, overrides=overrides)
-    return check_data(data, workers=workers, decode=decode, progress=progress)
+    return check_data(config, workers=workers, decode=decode, progress=progress)
 
 
 def _folder_of_codes(path: Path) -> Path | None:
