@@ -137,9 +137,7 @@ def _launcher() -> Finding:
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
         return Finding(what, "note", f"{says}; training knows MULTI_GPU and FSDP only")
     if values.get("use_cpu") and processes > 1:
-        return Finding(
-            what, "note", f"{says}, of which it starts one: use torchrun --nproc_per_node {processes}"
-        )
+        return Finding(what, "note", f"{says}, of which it starts one: use taming launch --cpu {processes}")
     return Finding(what, "ok", says)
 
 

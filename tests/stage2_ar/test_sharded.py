@@ -304,36 +304,44 @@ def test_what_is_not_finite_in_one_part_stops_all(tmp_path: Path) -> None:
         assert same
 
 
+def launched(folder: Path, start: list[str], precision: str = "fp32") -> list[float]:
+    """Losses of a run of the command line, started so."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    VQModel(build_config(VQModelConfig, TINY_MODEL)).save_pretrained(folder / "tokenizer")
+    values = ar_values(tokenizer=str(folder / "tokenizer"), keep="best")
+    values["transformer"] = {"kind": "llama", "num_layers": 2, "num_heads": 2, "width": 16}
+    values["training"] = {**TINY_TRAINING, "steps": 6, "keep_checkpoints": 9, "precision": precision}
+    (folder / "ar.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", *start, "ar", "train", str(folder / "ar.yaml")]
+    done = subprocess.run(
+        [*command, "-o", f"training.output={folder / 'run'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 9  # six of steps, three of evaluations
+    return losses
+
+
 @pytest.mark.slow
 def test_the_shipped_config_of_accelerate_trains(tmp_path: Path) -> None:
-    """Through its launcher on two processes of the CPU, as on GPUs; one process goes on where it ended."""
-    torch.manual_seed(0)
-    VQModel(build_config(VQModelConfig, TINY_MODEL)).save_pretrained(tmp_path / "tokenizer")
-    values = ar_values(tokenizer=str(tmp_path / "tokenizer"), keep="best")
-    values["transformer"] = {"kind": "llama", "num_layers": 2, "num_heads": 2, "width": 16}
-    values["training"] = {**TINY_TRAINING, "steps": 6, "keep_checkpoints": 9}
-    file = tmp_path / "ar.yaml"
-    file.write_text(yaml.safe_dump(values))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / FSDP_CONFIG)]
-    losses = {}
-    for name, start in (("alone", [sys.executable]), ("both", launch)):
-        command = [
-            *start,
-            "-m",
-            "taming",
-            "ar",
-            "train",
-            str(file),
-            "-o",
-            f"training.output={tmp_path / name}",
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        losses[name] = [record["loss"] for record in records if "loss" in record]
-    assert len(losses["both"]) == 9  # six of steps, three of evaluations
-    assert losses["both"] == pytest.approx(losses["alone"], rel=1e-5)
-    assert len(list((tmp_path / "both" / "checkpoints" / "step-00000006").glob("random-*"))) == 2
+    """Through its launcher on two processes; without GPUs they use the CPU."""
+    alone = launched(tmp_path / "alone", ["taming"])
+    accelerate = ["accelerate.commands.launch", "--config_file", str(ROOT / FSDP_CONFIG), "-m", "taming"]
+    assert launched(tmp_path / "both", accelerate) == pytest.approx(alone, rel=1e-5)
+    assert len(list((tmp_path / "both/run/checkpoints/step-00000006").glob("random-*"))) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_two_gpus_train_as_one(tmp_path: Path, precision: str, close: float) -> None:
+    alone = launched(tmp_path / "alone", ["taming"], precision)
+    both = launched(tmp_path / "both", ["taming.launcher", "--fsdp", "2"], precision)
+    assert both == pytest.approx(alone, rel=close)

@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch, 
         ("distributed_type: MULTI_GPU\nnum_processes: 4", "ok", "MULTI_GPU, 4 process"),
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "note", "set fsdp_version to 2"),
         ("distributed_type: DEEPSPEED", "note", "MULTI_GPU and FSDP only"),
-        ("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 2", "note", "torchrun --nproc_per_node 2"),
+        ("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 2", "note", "taming launch --cpu 2"),
         ("[not, a, config]", "note", "accelerate config"),
     ],
 )

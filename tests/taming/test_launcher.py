@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from taming import launcher
 from taming.launcher import run_processes
+from tests.conftest import TINY_TRAINING, vq_values
 
 
 def run(source: str, processes: int = 2, environment: dict[str, str] | None = None) -> int:
@@ -68,3 +71,41 @@ time.sleep(60)
     assert run(source) == 143
     assert {path.name for path in tmp_path.glob("saved*")} == {"saved0", "saved1"}
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def started(config: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "taming.launcher", "--cpu", "2", "vq", "train", str(config)]
+    return subprocess.Popen(
+        [*command, "-o", f"training.output={out}", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_a_run_says_once_how_it_ended(tmp_path: Path) -> None:
+    config, out = tmp_path / "vq.yaml", tmp_path / "run"
+    every = {"evaluate_every": 10**6, "preview_every": 10**6, "checkpoint_every": 10**6}
+    config.write_text(yaml.safe_dump(vq_values(training={**TINY_TRAINING, "steps": 10**6, **every})))
+
+    mistake = started(config, out, "-o", "training.batch_size=5")
+    told = mistake.communicate(timeout=120)[1]
+    assert mistake.returncode == 2
+    assert told.count("error: ") == len(told.strip().splitlines()) == 1
+
+    unknown = started(config, out, "-o", "training.nonsense=5")
+    told = unknown.communicate(timeout=120)[1]
+    assert unknown.returncode == 2
+    assert told.count("error") == len(told.strip().splitlines()) == 1
+
+    running = started(config, out)
+    log, end = out / "log.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    told = running.communicate(timeout=120)[1]
+    assert running.returncode == 143, told
+    assert told.count("stopped by SIGTERM") == 1
+    assert list((out / "checkpoints").glob("step-*/manifest.json"))
