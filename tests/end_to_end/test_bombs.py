@@ -38,12 +38,18 @@ LIMIT = 100 * 2**20
 SIDE = 2**15  # squared: a gigapixel
 
 
-def gigapixel_png(bits: int = 1) -> bytes:
-    """A whole and right PNG of SIDE x SIDE black pixels."""
-    squeeze = zlib.compressobj(9)
-    rows = bytes(1 + SIDE * bits // 8) * 64
-    data = b"".join(squeeze.compress(rows) for _ in range(SIDE // 64)) + squeeze.flush()
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, bits, GREY, 0, 0, 0)
+def squeezed_zeros(size: int, times: int) -> bytes:
+    """zlib's form of size * times zeros, made of one piece that is repeated."""
+    squeeze = zlib.compressobj(9, wbits=-15)
+    piece = squeeze.compress(bytes(size)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    checksum = (size * times % 65521) << 16 | 1  # Adler-32 of zeros
+    return b"\x78\xda" + piece * times + b"\x03\x00" + struct.pack(">I", checksum)
+
+
+def gigapixel_png() -> bytes:
+    """A whole and right PNG of SIDE x SIDE black pixels of one bit."""
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 1, GREY, 0, 0, 0)
+    data = squeezed_zeros((1 + SIDE // 8) * 64, SIDE // 64)
     chunks = (png_chunk(b"IHDR", header), png_chunk(b"IDAT", data), png_chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -89,7 +95,7 @@ def bombs() -> dict[str, bytes]:
 def text_bombs() -> dict[str, bytes]:
     """Few pixels, and 200 MiB beside them."""
     dot = np.full((2, 2, 3), 7, np.uint8)
-    squeezed = zlib.compress(bytes(2 * LIMIT), 9)
+    squeezed = squeezed_zeros(2**20, 200)
     piece = zlib.compress(bytes(2**20 - 1))
     many = [(b"zTXt", b"k%d\0\0" % n + piece) for n in range(200)]
     return {
@@ -134,6 +140,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / name / name, data)
         assert len(data) < 600_000
     return root
+
+
+def test_the_bombs_are_real(folder: Path) -> None:
+    assert zlib.decompress(squeezed_zeros(2**10, 3)) == bytes(3 * 2**10)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(folder / "whole.png" / "whole.png")
 
 
 def readings(path: Path) -> Iterator[Callable[[], Any]]:
