@@ -14,6 +14,7 @@ import shutil
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from PIL import Image
 from stage1_vq import VQModel
 from taming.data.config import ShardsDataConfig
 from taming.data.dataset import open_dataset
+from taming.data.shards_index import joined, parse_entries, parse_index
 from tests.conftest import ar_values, make_pipeline, vq_values
 from tests.end_to_end.test_command_line import Done, refused, taming
 from tests.stage1_vq.interop.published import published_yaml, small_model
 from tests.stage2_ar.interop.published import container_yaml, gpt_yaml, random_gpt
+from tests.taming.data.test_damaged_shards import vouch
 
 DEEP = "[" * 200_000
 
@@ -447,6 +450,33 @@ def test_indices_that_point_elsewhere(work: Path, canary: Path, models: Path) ->
     tried()
     write(path, '{"format": "taming-shards/1", "x": ' + DEEP)
     told(folder)
+
+
+def test_keys_that_leave_the_folder(work: Path, canary: Path, models: Path) -> None:
+    """The index vouches for them, and results are named by keys."""
+    folder = pack(work)
+    index = parse_index((folder / "index.json").read_bytes(), "index")
+    path = folder / index.shards[0].entries
+    right = parse_entries(path.read_bytes(), index.shards[0], index, "entries")
+    up = "../" * 12
+    for key in (
+        f"{up}{str(canary)[1:]}",
+        str(canary),
+        f"a/{up}canary",
+        "..",
+        "a//b",
+        "a\\b",
+        "\x1b]0;owned\x07",
+    ):
+        keys, ends = joined([key.encode(), *(right.key(row).encode() for row in range(1, len(right)))])
+        path.write_bytes(replace(right, keys=keys, key_ends=ends).to_bytes())
+        vouch(folder)
+        refused("vq", "reconstruct", models / "vq", folder, "--out", work / "out")
+        refused("vq", "encode", models / "vq", folder, "--out", work / "out")
+        checked = taming("data", "check", folder)
+        assert (checked.returncode, "Traceback" in checked.stderr) == (1, False), key
+        assert all(line.isprintable() for line in checked.stdout.splitlines())
+    assert not (work / "out").exists()
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
