@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 LONGEST_ERROR = 4000
-SAME_SECONDS = 2.0
+SAME_SECONDS = 5.0
 """A process other than the main one waits so long before it says what is wrong."""
 _FORMAT_WARNING = warnings.formatwarning
 
