@@ -265,6 +265,15 @@ def test_what_index_and_entries_say_is_checked(folder: FolderDataConfig, pack: P
         open_dataset(of_shards(folder, pack), "train")
 
 
+def test_labels_that_the_index_denies_are_bad_samples(folder: FolderDataConfig, pack: Path) -> None:
+    values = json.loads((pack / "index.json").read_bytes())
+    (pack / "index.json").write_text(json.dumps({**values, "num_labels": 2}))
+    data = open_dataset(of_shards(folder, pack, num_labels=2), "train")
+    with pytest.raises(BadSample, match=r"holds labels from 0 to 4; they lie in \[0, 2\)") as error:
+        data.sample(0, -1)
+    assert error.value.reason == "mismatched"
+
+
 def test_entries_stay_within_their_shard(packed: Path) -> None:
     index = parse_index((packed / "index.json").read_bytes(), "index")
     shard, data = index.shards[0], (packed / index.shards[0].entries).read_bytes()
