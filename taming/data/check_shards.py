@@ -38,7 +38,7 @@ def check_shards(
     store, findings = open_store(config), Findings()
     if not isinstance(store, LocalStore):
         index = store.index()
-        yield from _check(_named(store, index), config, index, workers, decode, progress)
+        yield from _check(_named(store, index), config, index, workers, decode, progress, local=False)
         return
     folder = store.folder
     with findings.catch(folder / INDEX, "unreadable"):
@@ -103,12 +103,16 @@ def _check(
     workers: int | None,
     decode: bool,
     progress: Progress | None,
+    *,
+    local: bool = True,
 ) -> Iterator[Finding]:
     files, done, expected = OpenFiles(), 0, 0 if index is None else index.count
     keys: defaultdict[str, list[str]] = defaultdict(list)
     pictures: defaultdict[tuple[int, bytes], list[str]] = defaultdict(list)
     look = partial(_look, index=index, decode=decode)
-    for shard, looked in zip(shards, in_threads(look, shards, workers), strict=True):
+    # Those from elsewhere come one by one, for a cache may hold few of them.
+    lookers = workers if local else 1
+    for shard, looked in zip(shards, in_threads(look, shards, lookers), strict=True):
         yield from looked.findings.found
         for sample in looked.samples:
             keys[sample.key].append(f"{shard.name}:{sample.key}")
