@@ -50,6 +50,8 @@ class PictureDataset(ABC):
     """What a user should know of the data before training: what was left out of it, say."""
     skip_budget: float = 0.0
     """Share of the samples that may turn out to be bad in training: they are replaced by others."""
+    patience_seconds: float = 300.0
+    """A batch that takes a data worker longer than this will not come."""
 
     @property
     def num_classes(self) -> int:

@@ -203,7 +203,9 @@ def _load(
         loaded = map(fetch, plan)
         return map(_pinned, loaded) if pin else loaded
     room = _room(dataset, seed, first)
-    return Workers(fetch, chain([first], plan), workers=workers, room=room, rank=rank, pin=pin)
+    patience = dataset.patience_seconds
+    jobs = chain([first], plan)
+    return Workers(fetch, jobs, workers=workers, room=room, rank=rank, pin=pin, patience=patience)
 
 
 def _pinned(loaded: _Loaded) -> _Loaded:

@@ -59,6 +59,8 @@ class ShardDataset(StoredDataset):
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._ahead: FetchAhead | None = None
         if isinstance(self.store, RemoteStore):
+            # One batch may wait for a whole block of shards; a server that is silent is noticed before.
+            self.patience_seconds = 3600.0
             self._ahead = FetchAhead(self.store, self.shards, self._blocks)
 
     def __len__(self) -> int:
