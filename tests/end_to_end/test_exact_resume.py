@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch import Tensor
 
 from stage1_vq import VQModel
 from stage1_vq.train import train as train_tokenizer
 from stage2_ar.train import train as train_transformer
 from taming.training import loop
-from tests.conftest import TINY_MODEL, TINY_TRAINING, ar_config, vq_config
+from tests.conftest import TINY_MODEL, TINY_TRAINING, ar_config, vq_config, vq_values
 from tests.end_to_end.killing import differences, what_is_left
+from tests.end_to_end.test_command_line import ENVIRONMENT
 
 TRAINING = {
     **TINY_TRAINING, "steps": 8, "checkpoint_every": 3, "log_every": 2, "evaluate_every": 4,
@@ -100,3 +104,32 @@ def stop_in_step_five(monkeypatch: pytest.MonkeyPatch, train: Any, folder: Path)
             train(folder / "stopped")
     train(folder / "stopped")
     assert not differences(what_is_left(folder / "whole"), what_is_left(folder / "stopped"))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_pictures_and_says_so(tmp_path: Path) -> None:
+    config, run = tmp_path / "vq.yaml", tmp_path / "run"
+    training = {**TRAINING, "log_every": 1}
+    config.write_text(yaml.safe_dump(vq_values(training=training)))
+    command = ["-m", "taming", "vq", "train", str(config), "-o", f"training.output={run}"]
+    launchers = {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    }
+    for processes, steps in ((2, 3), (1, 6), (2, 8)):
+        done = subprocess.run(
+            [*launchers[processes], *command, "-o", f"training.steps={steps}"],
+            env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        if steps > 3:
+            assert f"saved by {3 - processes} process(es) and goes on with {processes}" in done.stderr
+    train_tokenizer(vq_config(training=training), tmp_path / "whole")
+    wanted, found = (
+        {record["step"]: record for record in what_is_left(folder)["log"] if record["kind"] == "train"}
+        for folder in (tmp_path / "whole", run)
+    )
+    # Nothing here draws after the start: the same but for the order of sums.
+    assert list(wanted) == list(found) == list(range(1, 9))
+    for step, record in wanted.items():
+        assert found[step]["rec"] == pytest.approx(record["rec"], rel=1e-3)
