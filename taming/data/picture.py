@@ -18,9 +18,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from taming.data.mending import grey_bits, mended, spread
 from taming.data.png import png_fault
 from taming.errors import BadSample, DataError
 
@@ -104,12 +105,7 @@ def read_picture(
             if _orientation(image) in _TRANSPOSED:
                 height, width = width, height
             image.draft("RGB", (width, height))
-        image.load()
-        if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-            # Adobe stores inks inverted and leaves its mark; Pillow takes every file for Adobe's.
-            image.paste(ImageChops.invert(image))
-        ImageOps.exif_transpose(image, in_place=True)
-        return _convert(image, path, mode)
+        return _convert(_load(image), path, mode)
 
 
 def read_labels(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -118,6 +114,7 @@ def read_labels(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises BadSample for a damaged file or one in colour.
     """
     with _opened(path, max_pixels) as image:
+        bits = grey_bits(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
@@ -126,7 +123,7 @@ def read_labels(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 " or with a palette, the value of a pixel being its label",
                 "mismatched",
             )
-        return np.asarray(image).astype(np.int64)
+        return np.asarray(image).astype(np.int64) // spread(bits)
 
 
 def read_depth(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -135,8 +132,7 @@ def read_depth(path: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises BadSample for a damaged file or one of another mode.
     """
     with _opened(path, max_pixels) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        image = _load(image)
         values = np.asarray(image)
         if image.mode == "L":
             return values.astype(np.float32) / 255
@@ -247,6 +243,15 @@ def _open_unlimited(path: Source) -> Image.Image:
             return Image.open(file, formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """Decode: upright, and as the file means it."""
+    bits = grey_bits(image)
+    image.load()
+    image = mended(image, bits)
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -19,7 +19,7 @@ from taming.config import build_config
 from taming.data.channels import read_pixels
 from taming.data.check import check_data
 from taming.data.config import FolderDataConfig
-from taming.data.picture import FileBytes, read_picture, read_size
+from taming.data.picture import FileBytes, read_depth, read_labels, read_picture, read_size
 from taming.errors import BadSample
 from tests.taming.data.picture_files import (
     COLOUR,
@@ -123,6 +123,11 @@ def of_pngs() -> list[Good]:
             png(np.array([[1000, 30000]]), GREY, bits=16, before=[(b"tRNS", struct.pack(">H", 1000))]),
             as_grey(np.array([[255, 117]])),
         ),
+        Good(
+            "clear grey2.png",
+            png(np.array([[0, 1, 2, 3]]), GREY, bits=2, before=[(b"tRNS", struct.pack(">H", 1))]),
+            as_grey(np.array([[0, 255, 170, 255]])),
+        ),
         Good("interlaced.png", png(RGB, COLOUR, interlaced=True), RGB),
         Good(
             "interlaced16.png",
@@ -146,7 +151,7 @@ def of_jpegs() -> list[Good]:
     # Without Adobe's marker 255 is full ink; with it 255 is none, and Pillow writes it so.
     plain = without_segment(saved(Image.fromarray(255 - inks, "CMYK"), "JPEG", quality=95), 0xEE)
     adobe = saved(Image.fromarray(inks, "CMYK"), "JPEG", quality=95)
-    printed = flat(tuple(np.round((255.0 - ink[:3]) * (255 - ink[3]) / 255).astype(int)))  # type: ignore[arg-type]
+    printed = flat(tuple(np.round((255.0 - ink[:3]) * (255 - ink[3]) / 255).astype(int)))
     turned = {2: np.fliplr, 3: lambda p: p[::-1, ::-1], 4: np.flipud, 5: lambda p: p.transpose(1, 0, 2)}
     turned |= {6: lambda p: np.rot90(p, -1), 7: lambda p: p[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90}
     turned[1] = lambda p: p
@@ -256,6 +261,23 @@ def of_tiffs() -> list[Good]:
             np.array([[WHITE, (244, 224, 214), (1, 2, 3)]], np.uint8),
             1,
         ),
+        Good(
+            "white is zero 16.tif",
+            tiff([np.array([0, 257, 65535], "<u2").tobytes()], 3, 1, bits=[16], photometric=0),
+            as_grey(np.array([[255, 254, 0]])),
+        ),
+        Good(
+            "grey12.tif",
+            tiff([b"\xff\xf8\x00"], 2, 1, bits=[12], photometric=1),
+            as_grey(np.array([[255, 128]])),
+        ),
+        Good("grey4.tif", tiff([b"\xf3"], 2, 1, bits=[4], photometric=1), as_grey(np.array([[255, 51]]))),
+        Good(
+            "fax.tif",
+            saved(Image.fromarray(SHADES > 99), "TIFF", compression="group4"),
+            as_grey((SHADES > 99) * 255),
+        ),
+        Good("jpeg.tif", saved(BLOCKS, "TIFF", compression="jpeg", quality=95), BLOCKS, 12),
         Good("pages.tif", saved(pages[0], "TIFF", save_all=True, append_images=pages[1:]), RGB),
         Good("lzw.tif", saved(RGB, "TIFF", compression="tiff_lzw", tiffinfo={317: 2}), RGB),
         Good("deflate.tif", saved(RGB, "TIFF", compression="tiff_adobe_deflate"), RGB),
@@ -392,7 +414,8 @@ def unharmed_but_damaged() -> list[Bad]:
 
 def test_a_check_finds_all_that_is_wrong_and_nothing_else(tmp_path: Path) -> None:
     wanted = Counter[tuple[str, str]]()
-    for case in [*GOOD, *bad_pictures(), *unharmed_but_damaged()]:
+    cases: list[Good | Bad] = [*GOOD, *bad_pictures(), *unharmed_but_damaged()]
+    for case in cases:
         # Some good files differ in their suffix alone, and some names only in case.
         path = tmp_path / case.name / case.name
         path.parent.mkdir(parents=True)
@@ -457,3 +480,28 @@ def test_what_comes_from_a_shard_is_refused_in_the_same_words(tmp_path: Path) ->
         with pytest.raises(BadSample) as caught:
             read_picture(FileBytes(case.name, case.data))
         assert caught.value.reason == case.reason
+
+
+def test_labels_are_the_values_in_the_file_however_many_bits_they_have(tmp_path: Path) -> None:
+    maps = {f"{bits}.png": png(INDICES % 2**bits, GREY, bits=bits) for bits in (1, 2, 4, 8, 16)} | {
+        "interlaced.png": png(INDICES, GREY, bits=2, interlaced=True),
+        "palette.png": png(INDICES, PALETTE, bits=2, before=[(b"PLTE", bytes(12))]),
+        "rows.tif": tiff(
+            [(INDICES[row] * 16).astype(np.uint8).tobytes()[:1] for row in range(5)],
+            1,
+            5,
+            bits=[4],
+            photometric=1,
+        ),
+    }
+    for name, data in maps.items():
+        (tmp_path / name).write_bytes(data)
+        wanted = INDICES[:, :1] if name == "rows.tif" else INDICES % 2 if name == "1.png" else INDICES
+        assert np.array_equal(read_labels(tmp_path / name), wanted), name
+
+
+def test_depth_of_any_bits_is_its_share_of_white(tmp_path: Path) -> None:
+    (tmp_path / "12.tif").write_bytes(tiff([b"\xff\xf8\x00"], 2, 1, bits=[12], photometric=1))
+    (tmp_path / "2.png").write_bytes(png(INDICES, GREY, bits=2))
+    assert np.allclose(read_depth(tmp_path / "12.tif"), [[1, 0x800 / 0xFFF]], atol=1e-5)
+    assert np.allclose(read_depth(tmp_path / "2.png"), INDICES / 3)
