@@ -36,7 +36,7 @@ def test_each_process_knows_its_place(tmp_path: Path) -> None:
     ("first", "second", "code"),
     [
         ("sys.exit(2)", "time.sleep(60)", 2),  # a mistake: the others need not say it too
-        ("os.kill(os.getpid(), 9)", "time.sleep(0.5); sys.exit(75)", 75),  # the other knows what happened
+        ("os.kill(os.getpid(), 9)", "time.sleep(0.2); sys.exit(75)", 75),  # the other knows what happened
         ("os.kill(os.getpid(), 9)", "time.sleep(60)", 137),  # the other never notices
         ("sys.exit(1)", "pass", 1),
     ],
@@ -44,7 +44,7 @@ def test_each_process_knows_its_place(tmp_path: Path) -> None:
 def test_the_exit_code_is_that_of_the_process_that_knows(
     monkeypatch: pytest.MonkeyPatch, first: str, second: str, code: int
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
     begin = time.monotonic()
     assert run(f"if os.environ['RANK'] == '0': {first}\nelse: {second}") == code
     assert time.monotonic() - begin < 10
@@ -53,7 +53,7 @@ def test_the_exit_code_is_that_of_the_process_that_knows(
 def test_signals_are_passed_on_and_waited_for(tmp_path: Path) -> None:
     source = f"""
 def stop(number, frame):
-    time.sleep(0.5)  # it saves itself
+    time.sleep(0.2)  # it saves itself
     open('{tmp_path}/saved' + os.environ['RANK'], 'w').close()
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
