@@ -78,13 +78,16 @@ def put_in_place(made: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that does not count any more from the first moment on; nothing if it is not there."""
+    """Remove a folder, which does not count any more from the first moment on; nothing if it is not there.
+
+    What cannot be removed of it stays under its other name. Raises OSError where it cannot be renamed.
+    """
     if not folder.exists():
         return
     doomed = _beside(folder, REMOVING)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def standing(folder: Path) -> Path:

@@ -45,6 +45,7 @@ MODULES, OPTIMIZERS = "modules.safetensors", "optimizers.safetensors"
 RANDOM = "random-{}.safetensors"
 WRITTEN = "written-{}.json"
 """What a process says it wrote, for the manifest."""
+SHARED = "all machines of a run must share the folder training.output"
 WAY_ON = "free some space and go on with --resume auto"
 EXTRA = "_extra_state"
 """torch's name of what a module itself says of its state, of any shape."""
@@ -82,10 +83,15 @@ def save_checkpoint(
 
     def begin() -> None:
         if main:
+            if not root.is_dir():
+                root.mkdir(parents=True)
+                sync(root.parent)
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
 
     def write() -> None:
+        if not temporary.is_dir():
+            raise FaultError(f"process {rank} does not see {temporary}, which process 0 has made: {SHARED}")
         part = _Part(temporary, rank)
         part.tensors(RANDOM.format(rank), _random_state())
         if main:
@@ -223,7 +229,7 @@ def tidy(root: Path, step: int, *, keep: int, healthy_step: int = -1) -> None:
     an earlier one, but stay until it comes to them. One process of a run may call this, while none reads.
     """
     for left in [*root.glob("step-*" + TEMPORARY), *root.glob("step-*" + REMOVING)]:
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     for aside in root.glob("step-*" + REPLACED):
         final = aside.with_name(aside.name.removesuffix(REPLACED))
         if final.exists():
@@ -359,8 +365,7 @@ def _merged(folder: Path, processes: int) -> dict[str, Any]:
         told = folder / WRITTEN.format(rank)
         if not told.is_file():
             raise FaultError(
-                f"process {rank} has written its part of {folder}, but it is not there: all machines of a "
-                "run must share the folder training.output"
+                f"process {rank} has written its part of {folder}, but process 0 does not see it: {SHARED}"
             )
         files |= json.loads(told.read_text(encoding="utf-8"))
         told.unlink()

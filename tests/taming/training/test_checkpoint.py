@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,10 @@ def test_a_part_that_is_not_on_this_disk_is_said(accelerator: Accelerator, tmp_p
     (tmp_path / "written-0.json").write_text("{}")
     with pytest.raises(FaultError, match=r"process 1 has written .* must share the folder"):
         checkpoint._merged(tmp_path, 2)
+    model, optimizer = make()
+    elsewhere = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2)
+    with pytest.raises(FaultError, match=r"process 1 does not see .*\.tmp, .* must share the folder"):
+        save(elsewhere, tmp_path, 1, model, optimizer)  # type: ignore[arg-type]
 
 
 def test_tensors_that_share_memory_are_saved_and_restored(accelerator: Accelerator, tmp_path: Path) -> None:
