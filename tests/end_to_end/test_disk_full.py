@@ -52,9 +52,17 @@ def test_a_save_that_does_not_fit_leaves_the_one_before_and_the_way_on(tmp_path:
     assert "Traceback" not in done.stderr
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000001", first.name}
     assert verify_checkpoint(first) is None
+    model = run / "model/model.safetensors"
+    before, half = model.read_bytes(), model.stat().st_size // 2
+    with no_file_larger_than(half):  # models that commands write, too
+        done = taming("vq", "encode", run, config, "--out", tmp_path / "codes")
+    assert done.returncode == 75, done.stderr
+    assert re.search(r"error: model \S+tokenizer was not written \(File too large\): it needs", done.stderr)
+    assert not (tmp_path / "codes/index.json").exists()
     done = taming(*command)
     assert done.returncode == 0, done.stderr
     assert f"resumed from {first}" in done.stderr
+    assert model.read_bytes() != before
 
 
 SCRIPT = """
