@@ -63,6 +63,8 @@ class Adversary:
         parts = {"lecam": self.lecam, "plateau": self.plateau, "guard": self.guard}
         self.state = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         """All that it remembers beside the network and its optimiser."""
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._directions: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def start_from(self, source: str) -> None:
         """Take the weights of the discriminator saved beside the model `source`; notes what became of it."""
@@ -104,7 +106,7 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         changing = [tensor for part in self.discriminator.modules() for tensor in _changed_by_forward(part)]
         self._before = [(tensor, tensor.detach().clone()) for tensor in changing]
-        self._directions: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._directions.clear()
 
     @torch.no_grad()
     def undo_step(self) -> None:

@@ -41,7 +41,7 @@ class TrainingConfig(Config):
     batch_size: int = Field(gt=0)
     """Pictures an optimiser step, over all processes and micro-batches."""
     accumulation: int = Field(1, gt=0)
-    """Micro-batches that a step is cut into, to save memory."""
+    """Micro-batches that a step is cut into, to save memory; with the adaptive weight of the whole step."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the machine computes it natively, else fp32."""
     clip_norm: float | None = Field(1.0, gt=0)
