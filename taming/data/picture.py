@@ -45,6 +45,8 @@ _BROKEN = (
     IndexError,
     KeyError,
     TypeError,
+    OverflowError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
