@@ -185,7 +185,7 @@ class _Loop:
         self.tracker.note(f"resumed from {checkpoint} at step {self.step}")
         if (text := other_processes(self.accelerator, checkpoint)) is not None:
             self.tracker.note(text)
-        if checkpoint.parents[1] == self.run:
+        if checkpoint.resolve().parents[1] == self.run.resolve():
             if self.accelerator.is_main_process:
                 keep = self.training.keep_checkpoints
                 tidy(checkpoint.parent, self.step, keep=keep, healthy_step=self._healthy_step())

@@ -132,8 +132,9 @@ def test_the_first_batch_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     train_tokenizer(vq_config(), tmp_path / "whole")
     train_tokenizer(vq_config(), tmp_path / "damaged")
     newest = list_checkpoints(tmp_path / "damaged/checkpoints")[-1]
@@ -141,7 +142,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
         file.truncate(100)
     capfd.readouterr()
     # A run's folder names its newest checkpoint, as `auto` does.
-    train_tokenizer(vq_config(), tmp_path / "damaged", resume=str(tmp_path / "damaged"))
+    train_tokenizer(vq_config(), Path("damaged"), resume=str(tmp_path / "damaged"))
     said = capfd.readouterr().err
     assert f"{newest} is passed over: modules.safetensors is damaged" in said
     assert "checkpoints/step-00000002 at step 2" in said
