@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 from taming.data.ahead import Ahead
 from taming.data.batch import collate
 from taming.data.dataset import PictureDataset
-from taming.data.parcel import Parcel
 from taming.data.patience import patiently
 from taming.data.transforms import uniforms
 from taming.data.workers import Workers
-from taming.errors import BadSample, ConfigError, DataError, DataWarning, UserError
+from taming.errors import BadSample, ConfigError, DataError, DataWarning
 from taming.types import Batch
 
 Slot = tuple[int, int]
@@ -45,6 +44,16 @@ class _Loaded:
     """Reason -> how many."""
     examples: dict[str, str] = field(default_factory=dict)
     """Reason -> what was wrong with the first."""
+
+    def pin_memory(self) -> _Loaded:
+        """In memory that a GPU copies from while the host goes on."""
+        if self.batch is None:
+            return self
+        batch = {
+            name: value.pin_memory() if isinstance(value, Tensor) else value
+            for name, value in self.batch.items()
+        }
+        return replace(self, batch=batch)
 
 
 class TrainBatches(Iterator[list[Batch]]):
@@ -198,38 +207,11 @@ def _load(
 ) -> Iterator[_Loaded]:
     fetch = partial(_fetch, dataset, seed)
     pin = torch.cuda.is_available() and torch.cuda.is_initialized()
-    first = next(plan, None) if workers else None
-    if first is None:
-        loaded = map(fetch, plan)
-        return map(_pinned, loaded) if pin else loaded
-    room = _room(dataset, seed, first)
-    patience = dataset.patience_seconds
-    jobs = chain([first], plan)
-    return Workers(fetch, jobs, workers=workers, room=room, rank=rank, pin=pin, patience=patience)
-
-
-def _pinned(loaded: _Loaded) -> _Loaded:
-    """In memory that a GPU copies from while the host goes on."""
-    if loaded.batch is None:
-        return loaded
-    batch = {
-        name: value.pin_memory() if isinstance(value, Tensor) else value
-        for name, value in loaded.batch.items()
-    }
-    return replace(loaded, batch=batch)
-
-
-def _room(dataset: PictureDataset, seed: int, slots: Sequence[Slot]) -> int:
-    """Bytes that the tensors of a batch take: samples of one data set have one size."""
-    try:
-        loaded = _fetch(dataset, seed, slots[:1])
-    except UserError:
-        return 0  # it is raised when its turn comes
-    return sum(
-        len(slots) * value.nbytes + Parcel.ALIGNMENT
-        for value in (loaded.batch or {}).values()
-        if isinstance(value, Tensor)
-    )
+    if workers:
+        patience = dataset.patience_seconds
+        return Workers(fetch, plan, workers=workers, rank=rank, pin=pin, patience=patience)
+    loaded = map(fetch, plan)
+    return map(_Loaded.pin_memory, loaded) if pin else loaded
 
 
 def _fetch(dataset: PictureDataset, seed: int, slots: Sequence[Slot]) -> _Loaded:

@@ -167,7 +167,7 @@ class _Loop:
     figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sums, self.skipped = _Sums(), Skipped(self.train_data)
+        self.sums, self.skipped, self.checked = _Sums(), Skipped(self.train_data), False
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, as if the run had never stopped."""
@@ -198,42 +198,52 @@ class _Loop:
         tracker.start(self.step, self.pictures)
         if self.evaluation_due:
             self._after_step()
-        batches, first = self._batches(), True
-        guard, ended = self.task.guard, self.step >= training.steps
-        while self.step < training.steps:
-            if guard is not None and guard.needs_checkpoint(self.step):
-                guard.arm(self.step)
-                with tracker.pause():
-                    self._save(model=False)
-            micro_batches, failure = self._read(batches)
-            stop, skipped = self.agreement.on_step(self.signals.received, failure, batches.take_skipped())
-            if stop:
-                self._leave(stop)
-            micro_batches = [to_device(batch, accelerator.device) for batch in micro_batches]
-            if first:
-                validate_batch(micro_batches[0], self.train_data.provides)
-                first = False
-            logs = self.task.train_step(micro_batches, self.step)
-            if guard is not None and guard.collapse is not None:
-                self._go_back(guard)
-                batches = self._batches()
-                continue
-            self.sums.add(logs)
-            self.figures = {}
-            self.step, self.pictures = self.step + 1, self.pictures + training.batch_size
-            tracker.advance(self.step)
-            text = self.skipped.add(skipped, self.pictures)
-            for note in (*self.task.notes(), *([text] if text else ())):
-                self._tell(self.step, self.pictures, note)
-            if training.verify_processes_every and self.step % training.verify_processes_every == 0:
-                verify_processes(self.task.modules(), self.step)
-            self._after_step()
+        ended = self.step >= training.steps
+        self.batches = self._open_batches()
+        try:
+            while self.step < training.steps:
+                self._next_step()
+        finally:
+            self.batches.close()
         if ended:  # resumed at the end: nothing was left to train, but perhaps to save
             if not self.figures:
                 self._evaluate()
             self._save_model()
         accelerator.wait_for_everyone()
         return self.figures
+
+    def _next_step(self) -> None:
+        """Read, agree, train, and what is due then; after a collapse, go back."""
+        guard, training = self.task.guard, self.training
+        if guard is not None and guard.needs_checkpoint(self.step):
+            guard.arm(self.step)
+            with self.tracker.pause():
+                self._save(model=False)
+        micro_batches, failure = self._read()
+        skipped = self.batches.take_skipped()
+        stop, skipped = self.agreement.on_step(self.signals.received, failure, skipped)
+        if stop:
+            self._leave(stop)
+        micro_batches = [to_device(batch, self.accelerator.device) for batch in micro_batches]
+        if not self.checked:
+            validate_batch(micro_batches[0], self.train_data.provides)
+            self.checked = True
+        logs = self.task.train_step(micro_batches, self.step)
+        if guard is not None and guard.collapse is not None:
+            self._go_back(guard)
+            self.batches.close()
+            self.batches = self._open_batches()
+            return
+        self.sums.add(logs)
+        self.figures = {}
+        self.step, self.pictures = self.step + 1, self.pictures + training.batch_size
+        self.tracker.advance(self.step)
+        text = self.skipped.add(skipped, self.pictures)
+        for note in (*self.task.notes(), *([text] if text else ())):
+            self._tell(self.step, self.pictures, note)
+        if training.verify_processes_every and self.step % training.verify_processes_every == 0:
+            verify_processes(self.task.modules(), self.step)
+        self._after_step()
 
     def _after_step(self) -> None:
         """What is due once `step` steps are done: log, preview, evaluation, checkpoint."""
@@ -270,11 +280,11 @@ class _Loop:
             folder = self._save(model=not self.evaluation_due)
         raise Interrupted(number, folder)
 
-    def _read(self, batches: TrainBatches) -> tuple[list[Any], UserError | None]:
+    def _read(self) -> tuple[list[Any], UserError | None]:
         """This process's next micro-batches, or what is wrong with them."""
         begin = time.perf_counter()
         try:
-            return next(batches), None
+            return next(self.batches), None
         except UserError as error:
             return [], error
         finally:
@@ -318,7 +328,7 @@ class _Loop:
         self.tracker.event(step, pictures, text)
         self.notes.append(f"step {step}: {text}")
 
-    def _batches(self) -> TrainBatches:
+    def _open_batches(self) -> TrainBatches:
         return train_batches(
             self.train_data,
             batch_size=self.training.batch_size,

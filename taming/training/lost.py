@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from taming.collective import world_size
+from taming.data.workers import worker_fault
 from taming.disk import NO_ROOM
 from taming.errors import FaultError
 
@@ -73,7 +74,10 @@ class Roster:
         text = str(error)
         reason = (text.strip().splitlines() or [type(error).__name__])[0]
         lower = text.lower()
-        here = f"process {dist.get_rank()}" if self.processes else "this process"
+        rank = dist.get_rank() if self.processes else 0
+        here = f"process {rank}" if self.processes else "this process"
+        if (fault := worker_fault(error, rank)) is not None:  # torch says it wherever the main thread is
+            return fault
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             where = f" ({error.filename})" if error.filename else ""
             return FaultError(f"the disk is full{where}: free some space and {GO_ON}")

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from taming.data.parcel import Parcel, unpack
-from taming.data.workers import AHEAD, Workers
+from taming.data.workers import AHEAD, Workers, worker_fault
 from taming.errors import BadSample, ConfigError, FaultError
 
 
@@ -48,43 +47,16 @@ def running(
         workers.close()
 
 
-@pytest.mark.parametrize("room", [0, 4096])
-def test_results_come_in_the_order_of_the_jobs(room: int) -> None:
-    for jobs, number in ((0, 1), (1, 3), (2, 3), (23, 1), (23, 3)):
-        with running(square, iter(range(jobs)), workers=number, room=room) as workers:
+def test_results_come_in_the_order_of_the_jobs() -> None:
+    state = torch.get_rng_state()
+    for jobs, number in ((0, 1), (2, 3), (23, 3)):
+        with running(square, iter(range(jobs)), workers=number) as workers:
             results = list(workers)
         assert [int(result["square"][0]) for result in results] == [job * job for job in range(jobs)]
         assert len({result["pid"] for result in results}) == min(jobs, number)
         assert os.getpid() not in {result["pid"] for result in results}
         assert all(result["threads"] == 1 for result in results)
-        # Each result owns its memory: later ones do not write over it.
-        assert all(result["square"].is_contiguous() for result in results)
-
-
-def test_tensors_of_all_kinds_travel_and_larger_ones_than_expected() -> None:
-    def make(job: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(job)
-        return {
-            "bytes": torch.randint(0, 255, (job, 3), generator=generator, dtype=torch.uint8),
-            "strided": torch.randn(4, job + 1, generator=generator).T,
-            "none": torch.empty(0),
-            "one": torch.tensor(job),
-            "rest": [("a", {"b": None}), torch.tensor([True, False])],
-        }
-
-    with running(make, iter(range(40)), room=256) as workers:
-        results = list(workers)
-    for job, result in enumerate(results):
-        expected = make(job)
-        for name in ("bytes", "strided", "none", "one"):
-            assert torch.equal(result[name], expected[name])
-            assert result[name].dtype == expected[name].dtype
-        assert result["rest"][0] == ("a", {"b": None})
-        assert result["rest"][1].tolist() == [True, False]
-    parcel = Parcel(make(5))
-    block = torch.empty(parcel.size, dtype=torch.uint8)
-    parcel.write(block)
-    assert torch.equal(unpack(parcel.rest, block)["bytes"], make(5)["bytes"])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_refusal_keeps_its_kind_and_a_bug_its_traceback() -> None:
@@ -102,14 +74,7 @@ def test_a_refusal_keeps_its_kind_and_a_bug_its_traceback() -> None:
     def broken(job: int) -> float:
         return 1 / job
 
-    with running(broken, count()) as workers, pytest.raises(RuntimeError, match="ZeroDivisionError") as bug:
-        next(workers)
-    assert "data worker 0 (pid " in str(bug.value)
-
-    def starving(job: int) -> int:
-        raise MemoryError
-
-    with running(starving, count()) as workers, pytest.raises(FaultError, match="ran out of memory"):
+    with running(broken, count()) as workers, pytest.raises(ZeroDivisionError, match="in broken"):
         next(workers)
 
     def generator() -> Iterator[int]:
@@ -123,36 +88,56 @@ def test_a_refusal_keeps_its_kind_and_a_bug_its_traceback() -> None:
 @pytest.mark.parametrize(
     ("number", "told"),
     [
-        (signal.SIGKILL, r"killed by SIGKILL, often by the system for want of memory"),
-        (signal.SIGUSR1, r"killed by SIGUSR1; a damaged picture may do that"),
+        (signal.SIGKILL, r"was killed \(Killed\), often by the system for want of memory"),
+        (signal.SIGUSR1, r"was killed \(User defined signal 1\); a damaged picture may do that"),
     ],
 )
 def test_a_dead_worker_is_one_line_that_names_it(number: signal.Signals, told: str) -> None:
     with running(square, count(), workers=3, rank=2) as workers:
         first = next(workers)
         others = [next(workers)["pid"], next(workers)["pid"]]
-        os.kill(first["pid"], number)
+
+        def go_on() -> None:
+            # torch says it wherever this thread is: here, or in the loader.
+            try:
+                os.kill(first["pid"], number)
+                time.sleep(0.2)
+                list(islice(workers, 3 * AHEAD + 3))
+            except RuntimeError as error:
+                raise worker_fault(error, 2) or error from error
+
         with pytest.raises(FaultError, match=told) as error:
-            list(islice(workers, 3 * AHEAD + 3))  # what it gave before it died may still come
+            go_on()
     text = str(error.value)
-    assert text.startswith(f"data worker 0 (pid {first['pid']}) of process 2 was killed by")
+    assert text.startswith(f"a data worker (pid {first['pid']}) of process 2 was killed")
     assert "training.workers" in text
     assert "--resume auto" in text
     assert "\n" not in text
-    assert not any(map(alive, [first["pid"], *others]))
+    assert wait_until(lambda: not any(map(alive, [first["pid"], *others])), 5)
+
+
+def test_other_ends_of_workers_are_told_apart() -> None:
+    # torch's words for what cannot be made to happen here.
+    bus = (
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+    )
+    fault = worker_fault(RuntimeError(bus + "are out of shared memory. Please try to raise your limit."), 0)
+    assert "docker run --shm-size" in str(fault)
+    fault = worker_fault(RuntimeError("DataLoader worker (pid(s) 3, 4) exited unexpectedly"), 1)
+    assert str(fault).startswith("a data worker (pid 3, 4) of process 1 died, often by the system")
+    assert worker_fault(RuntimeError("shapes differ"), 0) is None
+    assert worker_fault(ValueError("DataLoader worker (pid 7)"), 0) is None
 
 
 def test_a_worker_that_hangs_is_stopped_and_named() -> None:
     def function(job: int) -> int:
         if job == 2:
-            time.sleep(60)
+            time.sleep(20)
         return os.getpid()
 
     with running(function, count(), patience=0.3) as workers:
         pids = [next(workers), next(workers)]
-        with pytest.raises(
-            FaultError, match=rf"worker 0 \(pid {pids[0]}\) of process 0 gave nothing for 0.3 s"
-        ):
+        with pytest.raises(FaultError, match="a data worker of process 0 gave nothing for too long"):
             next(workers)
     assert not any(map(alive, pids))
 
@@ -165,37 +150,26 @@ def test_workers_leave_signals_to_the_main_process() -> None:
             os.kill(pid, signal.SIGTERM)
         assert [int(result["square"][0]) for result in islice(workers, 30)] == [n * n for n in range(2, 32)]
         assert all(map(alive, pids))
-    assert not any(map(alive, pids))
+    assert wait_until(lambda: not any(map(alive, pids)), 5)
 
 
-def test_workers_end_with_their_owner_and_when_it_is_killed(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("taming.data.workers._WATCH_SECONDS", 0.1)
-    workers = Workers(square, count(), workers=2)
-    pids = [next(workers)["pid"], next(workers)["pid"]]
-    del workers
-    assert not any(map(alive, pids))
-
-    def endless(job: int) -> bytes:
-        return b"0" * (1 << 20)  # fills the pipe: the worker waits in a write when its parent dies
-
-    for function in (square, endless):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with suppress(BaseException):
-                first, second = Workers(function, count(), workers=2), Workers(square, count(), workers=2)
-                found = [worker.process.pid for pool in (first, second) for worker in pool._workers]
-                os.write(write, " ".join(map(str, found)).encode())
-                time.sleep(60)
-            os._exit(1)
-        pids = [int(word) for word in os.read(read, 1000).split()]
-        assert len(pids) == 4
-        assert all(map(alive, pids))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert wait_until(lambda found=pids: not any(map(alive, found)), 5), function  # type: ignore[misc]
-        os.close(read)
-        os.close(write)
+@pytest.mark.slow
+def test_workers_end_when_their_owner_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            workers = Workers(square, count(), workers=2)
+            found = [next(workers)["pid"], next(workers)["pid"]]
+            os.write(write, " ".join(map(str, found)).encode())
+            time.sleep(60)
+        os._exit(1)
+    pids = [int(word) for word in os.read(read, 1000).split()]
+    assert len(pids) == 2
+    assert all(map(alive, pids))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert wait_until(lambda: not any(map(alive, pids)), 15)
+    os.close(read)
+    os.close(write)
     assert "Traceback" not in capfd.readouterr().err
