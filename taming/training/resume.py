@@ -56,7 +56,7 @@ def choose_checkpoint(run: Path, resume: str, passed_over: list[str]) -> Path | 
         return None
     if resume == "auto":
         return _newest(run, existing, passed_over)
-    path = Path(resume)
+    path = Path(resume).absolute()
     if not path.is_dir():
         raise UserError(
             f"--resume {resume}: no such checkpoint folder; use auto, never or RUN/checkpoints/step-N"

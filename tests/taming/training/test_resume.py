@@ -11,7 +11,7 @@ import yaml
 from stage1_vq.config import VQTrainConfig
 from taming.config import save_config
 from taming.errors import UserError
-from taming.training.resume import check_same_config, run_lock
+from taming.training.resume import check_same_config, choose_checkpoint, run_lock
 from tests.conftest import TINY_TRAINING, vq_config
 from tests.ranks import run_ranks
 
@@ -83,3 +83,14 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
         assert outcome.result.startswith(f"another process is training in {tmp_path}; wait for it")
     (outcome,) = run_ranks(try_lock, 1, tmp_path)
     assert outcome.result == "taken"
+
+
+def test_a_checkpoint_may_be_named_from_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run/checkpoints/step-00000002"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
+    assert choose_checkpoint(tmp_path / "run", "step-00000002", []) == folder
+    with pytest.raises(UserError, match="--resume step-3: no such checkpoint folder"):
+        choose_checkpoint(tmp_path / "run", "step-3", [])
