@@ -30,7 +30,7 @@ from taming.data.shards_index import (
     check_key,
     joined,
 )
-from taming.data.shards_tar import BLOCK, Member, TarWriter, extension_of, member_name, objects_json
+from taming.data.shards_tar import BLOCK, Member, TarWriter, extension_of, objects_json
 from taming.data.stored import Stored
 from taming.errors import BadSample, DataError
 from taming.training.memory import format_bytes
@@ -212,7 +212,7 @@ def _add(sample: Stored, files: Sequence[File], tar: TarWriter, made: EntriesMak
     told = {kind: data for kind, _, data in files}
     made.add(sample.key, sample.size, label=sample.label, caption=told.get("text"))
     for kind, suffix, data in files:
-        member = tar.add(member_name(sample.key, extension_of(kind, suffix)), data)
+        member = tar.add(sample.key, extension_of(kind, suffix), data)
         if kind != "label":
             made.place(kind, member, zlib.crc32(data), suffix)
 

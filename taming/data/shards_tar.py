@@ -17,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,13 +52,17 @@ class Member:
 
 
 class TarWriter:
-    """Writes a tar that holds nothing of this machine or moment; hashes it on the way."""
+    """webdataset's writer, of tars that hold nothing of this machine or moment; hashed on the way.
+
+    It says where each file lies, and the disk holds all of it once the context ends.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.size = 0
-        """Bytes so far."""
-        self._digest = hashlib.sha256()
+        from webdataset import TarWriter as Writer
+
         self._file = path.open("wb")
+        self._digest, self._written = hashlib.sha256(), 0
+        self._tar = Writer(self, user="", group="", mtime=0, encoder=False)
 
     def __enter__(self) -> TarWriter:
         return self
@@ -64,30 +70,33 @@ class TarWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:
-                self._write(bytes(-(self.size + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
+        # Closed after an error too, which is then the one that counts.
+        with self._file, nullcontext() if kind is None else suppress(OSError):
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
-    def add(self, name: str, data: bytes) -> Member:
-        """Raises OSError."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(data), 0o444
-        # GNU's format takes names of any length, and needs no extra header for those that are not ASCII.
-        self._write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"))
-        offset = self.size
-        self._write(data)
-        self._write(bytes(-len(data) % BLOCK))
-        return Member(name, offset, len(data))
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        # What is added waits in a buffer; what ends the tar is only known once it is written.
+        return max(self._tar.tarstream.offset, self._written)
 
     @property
     def sha256(self) -> str:
-        """Of what was written so far."""
+        """Of the whole tar, once the context has ended."""
         return self._digest.hexdigest()
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
+    def add(self, key: str, extension: str, data: bytes) -> Member:
+        """A file of the sample `key`. Raises OSError."""
+        self._tar.write({"__key__": member_key(key), extension: data})
+        return Member(member_name(key, extension), self.size - -(-len(data) // BLOCK) * BLOCK, len(data))
+
+    def write(self, data: bytes) -> int:
+        """For webdataset, whose file this is."""
         self._digest.update(data)
-        self.size += len(data)
+        self._written += len(data)
+        return self._file.write(data)
 
 
 def read_members(file: BinaryIO, source: str) -> Iterator[Member]:
@@ -201,9 +210,14 @@ def kind_of(extension: str) -> Kind | None:
     return "image" if not name else next((kind for kind, word in _MAPS.items() if word == name), None)
 
 
+def member_key(key: str) -> str:
+    """The key of a sample as tars spell it: before the first dot of a name."""
+    return key.replace("%", "%25").replace(".", "%2E")
+
+
 def member_name(key: str, extension: str) -> str:
     """The name in a tar of a sample's file: its key, and what comes after the first dot."""
-    return f"{key.replace('%', '%25').replace('.', '%2E')}.{extension}"
+    return f"{member_key(key)}.{extension}"
 
 
 def key_of_member(name: str) -> tuple[str, str] | None:
