@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from taming.atomic import standing, whole_file, write_text
-from taming.config import Config
+from taming.config import Config, read_small_text
 from taming.disk import NO_ROOM, full_disk
 from taming.errors import ArtifactError
 from taming.tensor_file import tensor_bytes, write_tensors
@@ -75,7 +75,7 @@ def load_artifact(
     """
     folder = find_artifact(source, subfolder)
     try:
-        description = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        description = json.loads(read_small_text(folder / CONFIG_NAME))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{folder / CONFIG_NAME} cannot be read: {error}") from None
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):

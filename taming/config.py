@@ -21,6 +21,7 @@ from taming.atomic import write_text
 from taming.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+LARGEST_CONFIG = 2**24
 
 
 class Config(BaseModel):
@@ -55,7 +56,7 @@ def load_config(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, read with safe_load: tags that would build objects are refused."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_small_text(path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -65,6 +66,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of keys to values")
     return values
+
+
+def read_small_text(path: Path) -> str:
+    """The text of a config. Raises OSError, or ValueError for a file too large to be one or no text."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"it has more than the {LARGEST_CONFIG} bytes that a config may have")
+    return path.read_text(encoding="utf-8")
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -18,7 +18,7 @@ from stage1_vq.interop.exported import ExportReport, check, compare, new_folder,
 from stage1_vq.interop.imported import Imported, build_model
 from stage1_vq.interop.nearest_form import NearestForm, nearest_form
 from stage1_vq.model import VQModel
-from taming.config import build_config
+from taming.config import build_config, read_small_text
 from taming.errors import ArtifactError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -76,7 +76,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "(of a pipeline, the folder of its vqvae or movq)"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
     name = values.get("_class_name") if isinstance(values, dict) else None

@@ -298,6 +298,13 @@ def test_a_saved_model_whose_config_lies(work: Path, canary: Path, models: Path)
         assert len(sampled(model, work)) < 5000
     write(path, DEEP)
     assert "cannot be read" in sampled(model, work)
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    assert "more than" in sampled(model, work)
+    path.unlink()
+    os.mkfifo(path)
+    assert "config.json" in sampled(model, work)
+    path.unlink()
     write(path, right)
     weights = path.with_name("model.safetensors")
     for data in (
