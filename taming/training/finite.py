@@ -124,14 +124,17 @@ def _wrong(
     brought: Mapping[str, Sequence[float]],
 ) -> str | None:
     """The terms that are not finite or, where all of them are, the gradients; columns of all processes."""
-    found = [f"{name}{_whose(column)}" for name, column in terms.items() if _bad(column)]
-    if not found:
-        found = [
-            f"the gradient of the {name}{_whose(brought.get(name, ()))}"
+    bad = {name: column for name, column in terms.items() if _bad(column)}
+    if not bad:
+        bad = {
+            f"the gradient of the {name}": brought.get(name, ())
             for name, length in norms.items()
             if not math.isfinite(length)
-        ]
-    return ", ".join(found) or None
+        }
+    together: dict[str, list[str]] = {}
+    for name, column in bad.items():
+        together.setdefault(_whose(column), []).append(name)
+    return "; ".join(", ".join(names) + whose for whose, names in together.items()) or None
 
 
 def _bad(column: Sequence[float]) -> list[int]:

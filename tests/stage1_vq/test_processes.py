@@ -278,7 +278,7 @@ def left_out(rank: int, cases: list[tuple[str, int, str]]) -> list[dict[str, Any
 
 
 NAMES = {
-    "picture": r"nll \(process 1 of 2\), rec \(process 1 of 2\)",
+    "picture": r"nll, rec, [a-z_, ]+ \(process 1 of 2\)",
     "gradient": r"the gradient of the model \(process 1 of 2\)",
     "discriminator": r"the gradient of the discriminator \(process 1 of 2\)",
 }
