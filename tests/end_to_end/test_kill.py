@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from tests.conftest import TINY_TRAINING, vq_values
-from tests.end_to_end.killing import PATIENCE, SCENARIOS, differences, what_is_left
+from tests.end_to_end.killing import PATIENCE, SCENARIOS, differences, hunt_for_some, what_is_left
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -34,11 +35,13 @@ def hunt(out: Path, *options: object, seconds: float) -> dict[str, Any]:
 
 
 def test_killed_runs_of_both_stages_end_as_if_they_had_never_stopped(tmp_path: Path) -> None:
-    report = hunt(
-        tmp_path, "--kills", 4, "--only", "stage1-1p-2w-2a", "--only", "stage2-2p-0w-1a", seconds=120
-    )
-    assert len(report["kills"]) == 4
-    assert report["equal"] >= 2
+    names = ("stage1-1p-2w-2a", "stage2-2p-0w-1a")
+    outcome = run_ranks(hunt_for_some, 1, names, 4, 0, tmp_path / "runs", timeout=120)[0]
+    assert outcome.error is None
+    assert outcome.result is not None
+    assert not outcome.result["failures"]
+    assert len(outcome.result["kills"]) == 4
+    assert outcome.result["equal"] >= 2
 
 
 @pytest.mark.slow
