@@ -6,12 +6,14 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 ITEMS = 2
 """So many wait at most."""
+LEAVE_SECONDS = 5.0
 _CHECK_SECONDS = 0.5
 
 
@@ -26,9 +28,10 @@ class Ahead(Iterator[T]):
         self._closed = threading.Event()
         self._over = False
         # The thread must not hold this object, which would then never end.
-        threading.Thread(
+        self._thread = threading.Thread(
             target=_make, args=(items, self._made, self._closed), name="reads-ahead", daemon=True
-        ).start()
+        )
+        self._thread.start()
         self._finalizer = weakref.finalize(self, self._closed.set)
 
     def __next__(self) -> T:
@@ -43,8 +46,12 @@ class Ahead(Iterator[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread, once it has made what it is at."""
+        """End the thread, once it has made what it is at; a disk that does not answer is not waited for."""
         self._closed.set()
+        with suppress(queue.Empty):  # it may wait for a place
+            while True:
+                self._made.get_nowait()
+        self._thread.join(LEAVE_SECONDS)
 
 
 def _make(items: Iterator[Any], made: queue.Queue[tuple[str, Any]], closed: threading.Event) -> None:

@@ -6,6 +6,7 @@ Axes: N pictures, C channels, H W pixels.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import zlib
@@ -53,6 +54,11 @@ _BROKEN = (
 # How Pillow says that there was less than there should be.
 _CUT_OFF = ("truncated", "unexpected end", "not enough image data", "buffer is not large enough")
 _open_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A process that is forked while another thread holds the lock would wait for it for ever.
+    os.register_at_fork(
+        before=_open_lock.acquire, after_in_parent=_open_lock.release, after_in_child=_open_lock.release
+    )
 
 
 @dataclass(frozen=True)

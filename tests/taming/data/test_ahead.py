@@ -51,8 +51,9 @@ def test_the_thread_ends_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None
     assert (next(ahead), next(closed)) == (0, 0)
     ours = set(readers()) - before
     assert len(ours) == 2
-    del ahead
     closed.close()
+    assert sum(thread.is_alive() for thread in ours) == 1  # it was waited for
+    del ahead
     for thread in ours:
         thread.join(2)
         assert not thread.is_alive()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -253,3 +257,33 @@ def test_tile_lays_pictures_out_in_rows() -> None:
     assert (sheet[:, 6:10, 1:7] == 0.5).all()
     assert (sheet[:, 6:10, 8:14] == 1).all()
     assert (sheet[:, 0] == 1).all()
+
+
+def test_a_process_that_is_forked_while_a_thread_reads_can_read(tmp_path: Path) -> None:
+    path, over = tmp_path / "a.png", threading.Event()
+    Image.new("RGB", (8, 8)).save(path)
+
+    def read_on() -> None:
+        while not over.is_set():
+            read_size(path)
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    try:
+        for _ in range(12):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os._exit(read_size(path) != (8, 8))
+                finally:
+                    os._exit(2)
+            end = time.monotonic() + 10
+            while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+                time.sleep(0.001)
+            if not ended[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert ended == (child, 0)
+    finally:
+        over.set()
+        thread.join()
