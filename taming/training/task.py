@@ -55,5 +55,8 @@ class Task(Protocol):
         ...
 
     def save_model(self, folder: Path) -> None:
-        """Write what users load: the averaged weights where there are any."""
+        """Write what users load, the averaged weights where there are any, into the empty `folder`.
+
+        The main process alone is asked. The folder takes the place of the last one once it is whole.
+        """
         ...
