@@ -75,7 +75,7 @@ def test_a_dead_worker_is_one_line_and_exit_code_75(tmp_path: Path) -> None:
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 75, out
     last = out.strip().splitlines()[-1]
-    assert f"data worker 0 (pid {workers[0]}) of process 0 was killed by SIGKILL" in last
+    assert f"data worker (pid {workers[0]}) of process 0 was killed" in last
     assert "Traceback" not in out
     assert gone(workers)
 
