@@ -121,9 +121,7 @@ needs_tmpfs = pytest.mark.skipif(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_checkpoint_on_a_full_disk(tmp_path: Path, processes: int) -> None:
     launch = "" if processes == 1 else f"{sys.executable} -m torch.distributed.run --nproc_per_node 2"
-    code, said, again = on_a_small_disk(
-        tmp_path, size=4000, left=100, sign="checkpoints/step-00000020", launch=launch
-    )
+    code, said, again = on_a_small_disk(tmp_path, size=4000, left=100, sign="model", launch=launch)
     # torchrun turns its processes' codes into 1. Of several processes one may speak for all.
     assert code == (75 if processes == 1 else 1), said[-2000:]
     errors = [line for line in said.splitlines() if "error: " in line and " checkpoint /" in line]
