@@ -83,7 +83,7 @@ class Workers(Iterator[Result], Generic[Job, Result]):
             fault = worker_fault(error, self._rank)
             if fault is None:
                 raise
-            self._kill()
+            self.close()
             raise fault from error
         if kind == "refusal":
             self.close()
@@ -92,15 +92,14 @@ class Workers(Iterator[Result], Generic[Job, Result]):
 
     def close(self) -> None:
         """End the workers. They only read, so that nothing is lost."""
-        self._results = None  # torch ends them with it
-
-    def _kill(self) -> None:
-        """End workers that may never look up from what they do."""
-        for process in self._processes:
+        # torch would wait 5 s for each that does not look up from what it does, and then leave it: it sends
+        # SIGTERM, to which they do not listen.
+        processes, self._processes = self._processes, set()
+        for process in processes:
             with suppress(RuntimeError):  # torch's words on each death
                 process.kill()
                 process.join()
-        self.close()
+        self._results = None
 
 
 def worker_fault(error: BaseException, rank: int) -> FaultError | None:
