@@ -75,7 +75,9 @@ def test_a_dead_worker_is_one_line_and_exit_code_75(tmp_path: Path) -> None:
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 75, out
     last = out.strip().splitlines()[-1]
-    assert f"data worker (pid {workers[0]}) of process 0 was killed" in last
+    # torch tells what killed it, or only that it is gone, whichever it notices first.
+    assert f"a data worker (pid {workers[0]}) of process 0 " in last, out
+    assert "want of memory" in last
     assert "Traceback" not in out
     assert gone(workers)
 
