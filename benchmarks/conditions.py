@@ -33,7 +33,7 @@ from stage1_vq import VQModel
 from stage1_vq.codes import write_codes
 from stage2_ar import ARPipeline
 from stage2_ar.config import ARTrainConfig
-from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.train import train
 from taming.config import build_config, load_config
 from taming.data.batch import to_device

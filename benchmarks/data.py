@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from taming.data.config import FolderDataConfig, ShardsDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.loader import train_batches
-from taming.data.pack import pack_folder
 from taming.data.scenes import render_scene
+from taming.data.shards.pack import pack_folder
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/photos"
 SIZE, BATCH, SHARDS, COUNT = 256, 16, 4, 192

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.as_published_gpt import print_table
 from stage2_ar import ARPipeline
 from stage2_ar.evaluate import evaluate_pipeline, open_data
-from stage2_ar.inference import Weights, for_inference
+from stage2_ar.sampling.inference import Weights, for_inference
 
 CONTENDERS: dict[str, tuple[torch.dtype, int, Weights]] = {
     "fp32": (torch.float32, 1, "full"),

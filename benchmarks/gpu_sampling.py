@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.as_published_gpt import SIZES, VOCABULARY, our_gpt, print_table
-from stage2_ar.inference import for_inference
-from stage2_ar.sampling import SamplingSettings, StepKind, picture_uniforms, sample_codes
+from stage2_ar.sampling.inference import for_inference
+from stage2_ar.sampling.sample import SamplingSettings, StepKind, picture_uniforms, sample_codes
 from stage2_ar.transformer import Transformer, next_code_loss, weight_decay_groups
 from taming.errors import UserError
 from taming.types import Prefix

@@ -34,8 +34,8 @@ from benchmarks.as_published_gpt import (
     print_table,
     read_bandwidth,
 )
-from stage2_ar.inference import for_inference
-from stage2_ar.sampling import SamplingSettings, draw, picture_uniforms, sample_codes
+from stage2_ar.sampling.inference import for_inference
+from stage2_ar.sampling.sample import SamplingSettings, draw, picture_uniforms, sample_codes
 from stage2_ar.transformer import Transformer
 from taming.types import Prefix
 

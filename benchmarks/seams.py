@@ -35,7 +35,7 @@ from benchmarks.as_published_gpt import print_table
 from stage1_vq import VQModel
 from stage2_ar import ARPipeline
 from stage2_ar.config import ARTrainConfig
-from stage2_ar.sliding_window import place_windows
+from stage2_ar.sampling.sliding_window import place_windows
 from stage2_ar.train import train
 from stage2_ar.transformer import code_log_likelihood
 from taming.config import load_config

@@ -27,12 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.as_published_gpt import SIZES, VOCABULARY, PublishedGPT, interleaved, our_gpt, print_table
 from stage2_ar.conditions import crop_prefix
-from stage2_ar.inference import for_inference
-from stage2_ar.sampling import SamplingSettings, picture_uniforms
-from stage2_ar.sliding_window import Schedule, place_windows, sample_sliding
+from stage2_ar.sampling.inference import for_inference
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms
+from stage2_ar.sampling.sliding_window import Schedule, place_windows, sample_sliding
+from stage2_ar.sampling.windowed import sample_windowed
 from stage2_ar.transformer import Transformer, build_transformer
 from stage2_ar.transformer_config import LlamaConfig
-from stage2_ar.windowed_sampling import sample_windowed
 from taming.types import Prefix
 
 GRID, WINDOW, ROW = (64, 64), (16, 16), 32

@@ -30,7 +30,7 @@ from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
 from taming.atomic import write_text
 from taming.data.batch import to_device
-from taming.data.check_codes import read_code_index
+from taming.data.checking.codes import read_code_index
 from taming.data.dataset import PictureDataset
 from taming.data.picture import to_uint8
 from taming.disk import room_for

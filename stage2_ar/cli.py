@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from stage2_ar.interop.cli import import_pipeline
-from stage2_ar.sample_cli import sample
+from stage2_ar.sample_command.cli import sample
 from taming.errors import UserError
 from taming.options import (
     BatchSize,

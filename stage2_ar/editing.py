@@ -31,8 +31,8 @@ from stage2_ar.masks import (
     touched_cells,
     variation_known,
 )
-from stage2_ar.sample_options import SampleOptions
-from stage2_ar.sampling import Known
+from stage2_ar.sample_command.options import SampleOptions
+from stage2_ar.sampling.sample import Known
 from stage2_ar.saying import Interpolation
 from taming.errors import UserError
 
@@ -185,7 +185,7 @@ class Editing(ABC):
         `conditions` are the others where the model has several.
         """
         # Here, since that module builds on the conditions of all kinds.
-        from stage2_ar.given import scale_of
+        from stage2_ar.sample_command.given import scale_of
 
         scale = scale_of(self.model.condition, "image")
         if scale is None:

@@ -25,7 +25,7 @@ from stage1_vq.inputs import as_picture, model_input, restored
 from stage2_ar.codes import CodeDataset, codes_of
 from stage2_ar.config import MemorisationConfig
 from stage2_ar.pipeline import ARPipeline
-from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.transformer import code_log_likelihood
 from taming.data.batch import to_device
 from taming.data.dataset import PictureDataset

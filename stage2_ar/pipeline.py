@@ -17,21 +17,21 @@ from torch import Tensor
 from stage1_vq import VQModel
 from stage1_vq.tiling import TILED_ABOVE, decode, encode, in_tiles
 from stage2_ar.animation import filling_frames
-from stage2_ar.best_of import Scorer, candidate_seed, check_best_of, scores_of
 from stage2_ar.conditions.base import batch_size_of, take_rows
 from stage2_ar.conditions.text import text_encoders
 from stage2_ar.conditions.tokenizers import attach_tokenizers, parts_with_tokenizer
 from stage2_ar.editing import Editing
-from stage2_ar.guidance import GuidanceSchedule
-from stage2_ar.inference import Weights, check_weights, for_inference
-from stage2_ar.likelihood import drawn_log_likelihood, drawn_log_likelihood_sliding
 from stage2_ar.model import ARModel
 from stage2_ar.order import Grid, to_raster, to_sequence
-from stage2_ar.sampling import Known, SamplingSettings, sample_codes, uniforms_of
+from stage2_ar.sampling.best_of import Scorer, candidate_seed, check_best_of, scores_of
+from stage2_ar.sampling.guidance import GuidanceSchedule
+from stage2_ar.sampling.inference import Weights, check_weights, for_inference
+from stage2_ar.sampling.likelihood import drawn_log_likelihood, drawn_log_likelihood_sliding
+from stage2_ar.sampling.sample import Known, SamplingSettings, sample_codes, uniforms_of
+from stage2_ar.sampling.sliding_window import Schedule, sample_sliding, window_size
+from stage2_ar.sampling.windowed import sample_windowed
 from stage2_ar.saying import Interpolation, Saying
-from stage2_ar.sliding_window import Schedule, sample_sliding, window_size
 from stage2_ar.transformer import Transformer, code_log_likelihood
-from stage2_ar.windowed_sampling import sample_windowed
 from taming.artifact import push_artifact
 from taming.errors import ArtifactError, UserError
 from taming.types import Batch
@@ -149,9 +149,9 @@ class ARPipeline(Editing):
         interpolation have the same number at every step.
 
         Guidance by `guidance_schedule` goes from `guidance_start` to `guidance_scale` as a picture fills (see
-        stage2_ar.guidance). Of `best_of` pictures each time the one with the highest score is kept: by
-        `scorer`, which gives (n,) for pictures (n, C, H, W) in [-1, 1], else by the log-likelihood of all
-        their codes (stage2_ar.likelihood). The first of them is the picture that best_of=1 gives.
+        stage2_ar.sampling.guidance). Of `best_of` pictures each time the one with the highest score is kept:
+        by `scorer`, which gives (n,) for pictures (n, C, H, W) in [-1, 1], else by the log-likelihood of all
+        their codes (stage2_ar.sampling.likelihood). The first of them is the picture that best_of=1 gives.
 
         `known` = (codes, mask), each (1 or N, h, w): cells whose mask is True are given and stay. A model
         that can write in any order takes in the cells known in all pictures before it writes the first of the

@@ -24,7 +24,7 @@ from stage2_ar.model import ARModel
 from stage2_ar.optimizers import transformer_optimizers
 from stage2_ar.pipeline import ARPipeline
 from stage2_ar.random_order import random_share, sample_orders
-from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.sharded import shard_model, whole_states
 from stage2_ar.shown import condition_rows
 from stage2_ar.transformer import code_log_likelihood, next_code_loss

@@ -10,7 +10,7 @@ import typer
 from taming.options import DataOverride
 
 if TYPE_CHECKING:
-    from taming.data.pack import Packed
+    from taming.data.shards.pack import Packed
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -64,7 +64,7 @@ def pack(
 ) -> None:
     """Pack a folder of pictures, with maps, labels, boxes and captions, as shards (tars) with an index."""
     from taming.data.config import FolderDataConfig
-    from taming.data.pack import pack_folder
+    from taming.data.shards.pack import pack_folder
     from taming.data.source import data_from
     from taming.errors import UserError
     from taming.options import progress_bar
@@ -107,7 +107,7 @@ def index_(
     """Check tars that others made, and write the index that makes them shards to train on."""
     from typing import Any
 
-    from taming.data.shards_indexing import index_tars
+    from taming.data.shards.indexing import index_tars
     from taming.options import progress_bar
 
     names: Any = None if fields is None else [name.strip() for name in fields.split(",")]
@@ -149,7 +149,7 @@ def check(
     import json
     from collections import Counter
 
-    from taming.data.check import check_source
+    from taming.data.checking.check import check_source
     from taming.options import printable, progress_bar
 
     checked = 0

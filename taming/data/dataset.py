@@ -106,7 +106,7 @@ def open_dataset(config: DataConfig, split: Split) -> PictureDataset:
 
             return FolderDataset(config, split)
         case ShardsDataConfig():
-            from taming.data.shards import ShardDataset
+            from taming.data.shards.dataset import ShardDataset
 
             return ShardDataset(config, split)
 

@@ -52,8 +52,8 @@ def data_from(source: str, *, size: tuple[int, int] | int, overrides: Sequence[s
 
 def is_pack(source: str) -> bool:
     """Whether shards are meant: an http or https address, or a folder with an index of shards."""
-    from taming.data.remote import is_address
-    from taming.data.shards_index import FORMAT, INDEX
+    from taming.data.shards.index import FORMAT, INDEX
+    from taming.data.shards.remote import is_address
 
     if is_address(source):
         return True
@@ -67,7 +67,7 @@ def is_pack(source: str) -> bool:
 def _of_shards(source: str) -> dict[str, Any]:
     """Values of a config that reads all that shards hold."""
     from taming.data.config import ShardsDataConfig
-    from taming.data.shards_store import open_store
+    from taming.data.shards.store import open_store
 
     index = open_store(build_config(ShardsDataConfig, {"root": source}, source=source)).index()
     given = {"class_labels" if kind == "label" else kind: True for kind in index.fields if kind != "image"}

@@ -238,7 +238,7 @@ class _Loop:
         self.figures = {}
         self.step, self.pictures = self.step + 1, self.pictures + training.batch_size
         self.tracker.advance(self.step)
-        text = self.skipped.add(skipped, self.pictures)
+        text = self.skipped.add(skipped, self.pictures, self.batches.examples)
         for note in (*self.task.notes(), *([text] if text else ())):
             self._tell(self.step, self.pictures, note)
         if training.verify_processes_every and self.step % training.verify_processes_every == 0:

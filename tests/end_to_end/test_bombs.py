@@ -24,7 +24,7 @@ from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
 from taming.config import build_config
 from taming.data.channels import read_pixels
-from taming.data.check import check_source
+from taming.data.checking.check import check_source
 from taming.data.config import FolderDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.picture import FileBytes, read_depth, read_labels, read_picture, read_size

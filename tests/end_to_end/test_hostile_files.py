@@ -27,7 +27,7 @@ from PIL import Image
 from stage1_vq import VQModel
 from taming.data.config import ShardsDataConfig
 from taming.data.dataset import open_dataset
-from taming.data.shards_index import joined, parse_entries, parse_index
+from taming.data.shards.index import joined, parse_entries, parse_index
 from tests.conftest import ar_values, make_pipeline, vq_values
 from tests.end_to_end.test_command_line import Done, refused, taming
 from tests.stage1_vq.interop.published import published_yaml, small_model

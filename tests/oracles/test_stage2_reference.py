@@ -19,10 +19,10 @@ from torch.testing import assert_close
 from stage2_ar import ARPipeline
 from stage2_ar.conditions.base import crop_prefix
 from stage2_ar.conditions.codes import CodesCondition
-from stage2_ar.inference import for_inference
 from stage2_ar.interop.taming_transformers import import_gpt, import_transformer
-from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
-from stage2_ar.sliding_window import Schedule, sample_sliding
+from stage2_ar.sampling.inference import for_inference
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sampling.sliding_window import Schedule, sample_sliding
 from stage2_ar.transformer import code_log_likelihood
 from taming.types import Prefix
 from tests.reference_checkpoint import reference_paths

@@ -14,9 +14,9 @@ from stage1_vq import VQModel
 from stage2_ar import ARPipeline
 from stage2_ar.animation import filling_frames, save_animation
 from stage2_ar.conditions.base import take_rows
-from stage2_ar.likelihood import drawn_log_likelihood
 from stage2_ar.masks import composite, half_known, soft_mask, touched_cells, variation_known
-from stage2_ar.sampling import SamplingSettings
+from stage2_ar.sampling.likelihood import drawn_log_likelihood
+from stage2_ar.sampling.sample import SamplingSettings
 from stage2_ar.saying import Saying, between
 from taming.config import build_config
 from taming.errors import UserError

@@ -18,7 +18,7 @@ from stage2_ar.conditions.config import (
     ImageConditionConfig,
     SegmentationConditionConfig,
 )
-from stage2_ar.given import read_given
+from stage2_ar.sample_command.given import read_given
 from taming.data.edges import canny
 from taming.errors import DataError, UserError
 

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stage2_ar.inference import MKLLinear, PackedLinear, Weights, can_pack, can_pack_mkl, for_inference
-from stage2_ar.quantized_linear import Int8Linear, can_read_int8, dequantize_rows, quantize_rows
-from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sampling.inference import (
+    MKLLinear,
+    PackedLinear,
+    Weights,
+    can_pack,
+    can_pack_mkl,
+    for_inference,
+)
+from stage2_ar.sampling.quantized_linear import Int8Linear, can_read_int8, dequantize_rows, quantize_rows
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms, sample_codes
 from stage2_ar.transformer import Transformer, build_transformer
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
 from taming.types import Prefix

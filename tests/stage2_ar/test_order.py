@@ -16,8 +16,8 @@ from stage2_ar.order import (
     to_raster,
     to_sequence,
 )
-from stage2_ar.sampling import SamplingSettings, picture_uniforms, sample_codes
-from stage2_ar.sliding_window import sample_sliding
+from stage2_ar.sampling.sample import SamplingSettings, picture_uniforms, sample_codes
+from stage2_ar.sampling.sliding_window import sample_sliding
 from stage2_ar.transformer import Transformer, build_transformer
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
 from taming.errors import ConfigError, UserError

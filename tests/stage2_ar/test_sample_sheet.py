@@ -5,7 +5,7 @@ import torch
 from stage2_ar.conditions import build_condition
 from stage2_ar.conditions.config import ClassConditionConfig
 from stage2_ar.conditions.objects_config import ObjectsConditionConfig
-from stage2_ar.sample_sheet import sample_sheet
+from stage2_ar.sample_command.sheet import sample_sheet
 from taming.data.picture import tile
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage2_ar.conditions.base import crop_prefix
-from stage2_ar.guidance import guided
-from stage2_ar.sampling import (
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.sample import (
     SamplingSettings,
     draw,
     filtered_probabilities,

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stage2_ar.conditions.base import crop_prefix
-from stage2_ar.guidance import guided
-from stage2_ar.sampling import SamplingSettings, draw, picture_uniforms, sample_codes, stack_prefixes
-from stage2_ar.sliding_window import WindowPrefix, place_windows, sample_sliding, wavefront, window_size
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.sample import SamplingSettings, draw, picture_uniforms, sample_codes, stack_prefixes
+from stage2_ar.sampling.sliding_window import (
+    WindowPrefix,
+    place_windows,
+    sample_sliding,
+    wavefront,
+    window_size,
+)
 from stage2_ar.transformer import Transformer
 from taming.errors import UserError
 from taming.types import Prefix

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_ar import static_step
 from stage2_ar.order import OrderConfig
-from stage2_ar.sampling import SamplingSettings, StepKind, picture_uniforms, sample_codes
-from stage2_ar.static_step import StaticStep
+from stage2_ar.sampling import static_step
+from stage2_ar.sampling.sample import SamplingSettings, StepKind, picture_uniforms, sample_codes
+from stage2_ar.sampling.static_step import StaticStep
 from stage2_ar.transformer import Transformer, build_transformer
 from stage2_ar.transformer_config import GPTConfig, LlamaConfig
 from taming.types import Prefix

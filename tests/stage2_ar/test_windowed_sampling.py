@@ -15,21 +15,21 @@ from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
 from stage2_ar.conditions.config import SegmentationConditionConfig
 from stage2_ar.config import ARModelConfig
-from stage2_ar.guidance import guided
-from stage2_ar.inference import for_inference
 from stage2_ar.model import ARModel
 from stage2_ar.pipeline import ARPipeline
-from stage2_ar.sampling import (
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.inference import for_inference
+from stage2_ar.sampling.sample import (
     SamplingSettings,
     draw,
     picture_uniforms,
     sample_codes,
     stack_prefixes,
 )
+from stage2_ar.sampling.windowed import lag_of, sample_windowed, steps_of
 from stage2_ar.transformer import Transformer
 from stage2_ar.transformer_config import LlamaConfig
 from stage2_ar.windowed_attention import WindowCache, WindowPrefill
-from stage2_ar.windowed_sampling import lag_of, sample_windowed, steps_of
 from taming.errors import UserError
 from taming.types import Prefix
 from tests.stage2_ar.small import VOCABULARY

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 from taming.config import build_config
 from taming.data.channels import read_pixels
-from taming.data.check import check_data
+from taming.data.checking.check import check_data
 from taming.data.config import FolderDataConfig
 from taming.data.picture import FileBytes, read_depth, read_labels, read_picture, read_size
 from taming.errors import BadSample

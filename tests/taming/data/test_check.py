@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from taming.config import build_config
-from taming.data.check import check_data, check_source
+from taming.data.checking.check import check_data, check_source
+from taming.data.checking.findings import Finding
 from taming.data.cli import app
 from taming.data.config import FolderDataConfig, ScenesDataConfig
-from taming.data.findings import Finding
 from taming.errors import DataError, UserError
 from taming.options import printable
 

@@ -20,12 +20,12 @@ import pytest
 from PIL import Image
 
 from taming.config import build_config
-from taming.data.check import check_data, check_source
+from taming.data.checking.check import check_data, check_source
 from taming.data.config import FolderDataConfig, ShardsDataConfig
 from taming.data.loader import train_batches
-from taming.data.pack import pack_folder
-from taming.data.shards import ShardDataset
-from taming.data.shards_index import Entries, parse_entries, parse_index
+from taming.data.shards.dataset import ShardDataset
+from taming.data.shards.index import Entries, parse_entries, parse_index
+from taming.data.shards.pack import pack_folder
 from taming.errors import DataError
 
 SHARD = "pictures-000001.tar"

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from taming.data import remote
 from taming.data.config import FolderDataConfig, ShardsDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.loader import train_batches
-from taming.data.pack import pack_folder
-from taming.data.remote import FileCache, fetch, join_address, shown
-from taming.data.shards_index import parse_index
+from taming.data.shards import remote
+from taming.data.shards.index import parse_index
+from taming.data.shards.pack import pack_folder
+from taming.data.shards.remote import FileCache, fetch, join_address, shown
 from taming.data.source import data_from, is_pack
 from taming.errors import DataError
 from tests.taming.data.shard_data import assert_equal_samples, of_shards, write_everything

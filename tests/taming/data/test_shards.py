@@ -18,10 +18,10 @@ from taming.config import build_config
 from taming.data.config import FolderDataConfig, ShardsDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.loader import evaluation_batches, train_batches
-from taming.data.pack import pack_folder
-from taming.data.shards import ShardDataset
-from taming.data.shards_index import Entries, parse_entries, parse_index
-from taming.data.shards_tar import key_of_member, member_name
+from taming.data.shards.dataset import ShardDataset
+from taming.data.shards.index import Entries, parse_entries, parse_index
+from taming.data.shards.pack import pack_folder
+from taming.data.shards.tar import key_of_member, member_name
 from taming.data.source import data_from, is_pack, open_split
 from taming.errors import BadSample, ConfigError, DataError
 from tests.taming.data.shard_data import assert_equal_samples, of_shards, write_everything

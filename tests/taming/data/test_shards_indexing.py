@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from taming.data.cli import app
 from taming.data.config import ShardsDataConfig
 from taming.data.dataset import open_dataset
-from taming.data.pack import pack_folder
-from taming.data.shards_indexing import index_tars
+from taming.data.shards.indexing import index_tars
+from taming.data.shards.pack import pack_folder
 from taming.data.source import data_from, open_split
 from taming.errors import DataError, UserError
 from tests.taming.data.shard_data import write_everything

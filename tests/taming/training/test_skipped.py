@@ -70,6 +70,7 @@ def test_a_run_over_bad_pictures_goes_on_counts_them_and_resumes_with_the_count(
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     (note,) = run("run", 4, 0.5)
     assert "bad samples replaced by others so far: 1" in note
+    assert "04.png is cut off" in note
     checkpoint = list_checkpoints(tmp_path.parent / "run/checkpoints")[-1]
     counts = json.loads((checkpoint / "progress.json").read_text())["skipped"]
     assert counts == {"truncated": 2}

@@ -98,10 +98,10 @@ def sample(
 
     from stage2_ar import ARPipeline
     from stage2_ar.animation import SUFFIXES, save_animation
-    from stage2_ar.sample_edits import EditOptions, read_edit
-    from stage2_ar.sample_inputs import ConditionFiles, read_conditions
-    from stage2_ar.sample_options import SampleOptions
-    from stage2_ar.sample_sheet import sample_sheet
+    from stage2_ar.sample_command.edits import EditOptions, read_edit
+    from stage2_ar.sample_command.inputs import ConditionFiles, read_conditions
+    from stage2_ar.sample_command.options import SampleOptions
+    from stage2_ar.sample_command.sheet import sample_sheet
     from taming.data.picture import save_png
     from taming.errors import UserError
     from taming.training.distributed import pick_device

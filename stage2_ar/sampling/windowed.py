@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from stage2_ar.guidance import guided
 from stage2_ar.order import Grid
-from stage2_ar.sampling import (
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.sample import (
     Known,
     Progress,
     SamplingSettings,
@@ -27,7 +27,7 @@ from stage2_ar.sampling import (
     needs_guidance,
     stack_prefixes,
 )
-from stage2_ar.sliding_window import Schedule
+from stage2_ar.sampling.sliding_window import Schedule
 from stage2_ar.transformer import Transformer
 from stage2_ar.transformer_config import LlamaConfig
 from stage2_ar.windowed_attention import WindowCache, WindowPrefill, WindowStep

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from taming.data.config import ShardsDataConfig
-from taming.data.remote import FileCache, fetch, is_address, join_address, shown
-from taming.data.shards_index import INDEX, LARGEST_INDEX, ShardFacts, ShardIndex, parse_index
+from taming.data.shards.index import INDEX, LARGEST_INDEX, ShardFacts, ShardIndex, parse_index
+from taming.data.shards.remote import FileCache, fetch, is_address, join_address, shown
 from taming.errors import BadSample, DataError
 from taming.training.memory import format_bytes
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from taming.data.annotations import read_annotations
 from taming.data.captions import read_captions
-from taming.data.check_pictures import PictureCheck
+from taming.data.checking.findings import Finding, Findings, Progress, duplicates, in_threads
+from taming.data.checking.pictures import PictureCheck
 from taming.data.config import FolderDataConfig
-from taming.data.findings import Finding, Findings, Progress, duplicates, in_threads
 from taming.data.folder import (
     Entry,
     folders_of,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stage2_ar.block import GELUMLP
-from stage2_ar.quantized_linear import Int8Linear, can_read_int8, dequantize_rows, quantize_rows
+from stage2_ar.sampling.quantized_linear import Int8Linear, can_read_int8, dequantize_rows, quantize_rows
 from stage2_ar.transformer import Transformer
 from taming.errors import UserError
 

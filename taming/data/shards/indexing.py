@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 from taming.atomic import write_text
 from taming.data.channels import read_any_size
-from taming.data.findings import in_threads
+from taming.data.checking.findings import in_threads
 from taming.data.folder import same_aspect
-from taming.data.pack import EntriesMaker, Packed, Progress, write_entries
 from taming.data.picture import MAX_PIXELS, FileBytes, read_labels
-from taming.data.shards_index import INDEX, KINDS, LARGEST_MEMBER, Kind, ShardFacts, ShardIndex, check_key
-from taming.data.shards_tar import Member, key_of_member, kind_of, parse_objects, read_members
+from taming.data.shards.index import INDEX, KINDS, LARGEST_MEMBER, Kind, ShardFacts, ShardIndex, check_key
+from taming.data.shards.pack import EntriesMaker, Packed, Progress, write_entries
+from taming.data.shards.tar import Member, key_of_member, kind_of, parse_objects, read_members
 from taming.errors import BadSample, DataError
 from taming.training.memory import format_bytes
 

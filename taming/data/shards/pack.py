@@ -17,7 +17,7 @@ from taming.data.dataset import PictureDataset
 from taming.data.folder import FolderDataset
 from taming.data.order import epoch_order
 from taming.data.picture import suffix_of
-from taming.data.shards_index import (
+from taming.data.shards.index import (
     ENTRIES_SUFFIX,
     INDEX,
     KINDS,
@@ -30,7 +30,7 @@ from taming.data.shards_index import (
     check_key,
     joined,
 )
-from taming.data.shards_tar import BLOCK, Member, TarWriter, extension_of, objects_json
+from taming.data.shards.tar import BLOCK, Member, TarWriter, extension_of, objects_json
 from taming.data.stored import Stored
 from taming.errors import BadSample, DataError
 from taming.training.memory import format_bytes

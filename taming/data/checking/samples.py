@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from taming.data.check_pictures import PictureCheck
+from taming.data.checking.findings import Finding, Findings
+from taming.data.checking.pictures import PictureCheck
 from taming.data.config import PicturesConfig
-from taming.data.findings import Finding, Findings
 from taming.data.picture import FileBytes
-from taming.data.shards_index import LARGEST_MEMBER, Kind, ShardIndex
-from taming.data.shards_store import OpenFiles
-from taming.data.shards_tar import extension_of, member_name, parse_objects
+from taming.data.shards.index import LARGEST_MEMBER, Kind, ShardIndex
+from taming.data.shards.store import OpenFiles
+from taming.data.shards.tar import extension_of, member_name, parse_objects
 from taming.data.stored import MAP_KINDS, MapKind
 from taming.errors import BadSample
 

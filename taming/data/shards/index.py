@@ -1,7 +1,7 @@
 """What an index says of shards, and where each sample lies in them: the format of a pack.
 
     DIR/index.json                           ShardIndex, with the sizes and hashes of all other files
-    DIR/pictures-000000.tar                  samples in webdataset's layout (taming.data.shards_tar)
+    DIR/pictures-000000.tar                  samples in webdataset's layout (taming.data.shards.tar)
     DIR/pictures-000000.entries.safetensors  Entries: of each sample its key, label and size, and of each of
                                              its files the place, length and crc32 in the shard
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stage2_ar.attention import AttendOne, KVCache, Positions, one_rotation
-from stage2_ar.guidance import guided
-from stage2_ar.sampling import SamplingSettings, draw
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.sample import SamplingSettings, draw
 from stage2_ar.transformer import Transformer
 from taming.errors import UserError
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from stage2_ar.attention import KVCache
 from stage2_ar.conditions.base import WindowPrefix
-from stage2_ar.guidance import guided
 from stage2_ar.order import Grid
-from stage2_ar.sampling import (
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.sample import (
     Known,
     Progress,
     SamplingSettings,

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from taming.data.findings import Finding, Findings, Progress
+from taming.data.checking.findings import Finding, Findings, Progress
 from taming.errors import BadSample, DataError
 
 INDEX, FORMAT = "index.json", "taming-codes/1"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from taming.data.shards_index import ShardFacts
-from taming.data.shards_store import RemoteStore
+from taming.data.shards.index import ShardFacts
+from taming.data.shards.store import RemoteStore
 from taming.errors import DataError
 
 

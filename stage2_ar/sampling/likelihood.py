@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from stage2_ar.conditions.base import WindowPrefix
-from stage2_ar.guidance import guided
 from stage2_ar.order import Grid, inverse, to_raster, to_sequence
-from stage2_ar.sampling import SamplingSettings, stack_prefixes
-from stage2_ar.sliding_window import place_windows, window_size
+from stage2_ar.sampling.guidance import guided
+from stage2_ar.sampling.sample import SamplingSettings, stack_prefixes
+from stage2_ar.sampling.sliding_window import place_windows, window_size
 from stage2_ar.transformer import Transformer
 from taming.types import Prefix
 

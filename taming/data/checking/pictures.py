@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 from taming.data.channels import read_pixel_size, read_pixels
+from taming.data.checking.findings import Findings
 from taming.data.config import PicturesConfig
-from taming.data.findings import Findings
 from taming.data.folder import map_size, same_aspect
 from taming.data.picture import Source, open_source, read_depth, read_labels
 from taming.data.png import png_fault

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from taming.config import build_config, parse_override, read_yaml, set_value
+from taming.data.checking.findings import Finding, Progress
 from taming.data.config import (
     DataConfig,
     FolderDataConfig,
     ScenesDataConfig,
     ShardsDataConfig,
 )
-from taming.data.findings import Finding, Progress
 from taming.errors import DataError
 
 
@@ -31,11 +31,11 @@ def check_data(
     """
     match config:
         case FolderDataConfig():
-            from taming.data.check_folder import check_folder
+            from taming.data.checking.folder import check_folder
 
             return check_folder(config, workers=workers, decode=decode, progress=progress)
         case ShardsDataConfig():
-            from taming.data.check_shards import check_shards
+            from taming.data.checking.shards import check_shards
 
             return check_shards(config, workers=workers, decode=decode, progress=progress)
         case ScenesDataConfig():
@@ -60,7 +60,7 @@ def check_source(
     path = Path(source)
     codes = _folder_of_codes(path)
     if codes is not None:
-        from taming.data.check_codes import check_codes
+        from taming.data.checking.codes import check_codes
 
         if overrides:
             raise DataError(f"{source} holds codes, which no option changes; leave out {overrides[0]}")
@@ -76,7 +76,7 @@ def check_source(
         set_value(values, key.removeprefix("data."), value)
     config = build_config(ShardsDataConfig, values, source=source)
     if tars:
-        from taming.data.check_shards import check_tars
+        from taming.data.checking.shards import check_tars
 
         return check_tars(tars, config, workers=workers, decode=decode, progress=progress)
     return check_data(config, workers=workers, decode=decode, progress=progress)

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from taming.data.checking.findings import in_threads
 from taming.data.config import ShardsDataConfig
 from taming.data.dataset import Split
-from taming.data.findings import in_threads
 from taming.data.left_out import LeftOut
 from taming.data.order import epoch_order
 from taming.data.picture import FileBytes
-from taming.data.shards_ahead import FetchAhead
-from taming.data.shards_index import INDEX, Entries, Kind, ShardFacts, ShardIndex, parse_entries
-from taming.data.shards_store import OpenFiles, RemoteStore, open_store
-from taming.data.shards_tar import extension_of, member_name, parse_objects
+from taming.data.shards.ahead import FetchAhead
+from taming.data.shards.index import INDEX, Entries, Kind, ShardFacts, ShardIndex, parse_entries
+from taming.data.shards.store import OpenFiles, RemoteStore, open_store
+from taming.data.shards.tar import extension_of, member_name, parse_objects
 from taming.data.stored import MAP_KINDS, MapKind, Stored, StoredDataset, held_out
 from taming.errors import BadSample, DataError
 

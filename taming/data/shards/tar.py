@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 from taming.data.channels import ARRAY_SUFFIX
 from taming.data.picture import SUFFIXES
-from taming.data.shards_index import Kind
+from taming.data.shards.index import Kind
 from taming.errors import BadSample
 
 BLOCK = tarfile.BLOCKSIZE

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from stage2_ar.given import read_given
-from stage2_ar.layout_files import read_layouts
 from stage2_ar.model import ARModel
+from stage2_ar.sample_command.given import read_given
+from stage2_ar.sample_command.layout_files import read_layouts
 from taming.errors import UserError
 
 

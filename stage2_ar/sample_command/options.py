@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypedDict
 
-from stage2_ar.best_of import Scorer
-from stage2_ar.guidance import GuidanceSchedule
-from stage2_ar.sliding_window import Schedule
+from stage2_ar.sampling.best_of import Scorer
+from stage2_ar.sampling.guidance import GuidanceSchedule
+from stage2_ar.sampling.sliding_window import Schedule
 
 
 class SampleOptions(TypedDict, total=False):

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stage2_ar.guidance import GuidanceSchedule, check_guidance, guided, scale_at
 from stage2_ar.order import Grid, to_raster
+from stage2_ar.sampling.guidance import GuidanceSchedule, check_guidance, guided, scale_at
 from stage2_ar.transformer import Transformer
 from taming.errors import UserError
 from taming.types import Prefix
@@ -187,7 +187,7 @@ def sample_codes(
     """
     if transformer.window is not None and cached:
         # Here, for that module builds upon this one.
-        from stage2_ar.windowed_sampling import sample_windowed
+        from stage2_ar.sampling.windowed import sample_windowed
 
         return sample_windowed(
             transformer, prefix, null_prefix, grid, uniforms, settings, known=known, progress=progress
@@ -239,7 +239,7 @@ def _sample(
     for n in range(first, count):
         if cache is not None and statically:
             # Here, for that module builds upon this one.
-            from stage2_ar.static_step import finish_statically
+            from stage2_ar.sampling.static_step import finish_statically
 
             given = None if known_codes is None or is_known is None else (known_codes, is_known)
             codes = finish_statically(

@@ -11,11 +11,11 @@ from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from stage2_ar.given import picture_pixels
 from stage2_ar.masks import Side
 from stage2_ar.pipeline import ARPipeline, PipelineOutput
-from stage2_ar.sample_inputs import GivenConditions
-from stage2_ar.sample_options import SampleOptions
+from stage2_ar.sample_command.given import picture_pixels
+from stage2_ar.sample_command.inputs import GivenConditions
+from stage2_ar.sample_command.options import SampleOptions
 from taming.data.picture import read_size
 from taming.errors import UserError
 

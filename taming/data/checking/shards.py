@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from taming.data.check_samples import Sample, SampleCheck
+from taming.data.checking.findings import Finding, Findings, Progress, duplicates, in_threads
+from taming.data.checking.samples import Sample, SampleCheck
 from taming.data.config import PicturesConfig, ShardsDataConfig
-from taming.data.findings import Finding, Findings, Progress, duplicates, in_threads
-from taming.data.shards_index import INDEX, Entries, Kind, ShardFacts, ShardIndex, parse_entries
-from taming.data.shards_store import LocalStore, OpenFiles, Store, open_store
-from taming.data.shards_tar import Member, key_of_member, kind_of, read_members
+from taming.data.shards.index import INDEX, Entries, Kind, ShardFacts, ShardIndex, parse_entries
+from taming.data.shards.store import LocalStore, OpenFiles, Store, open_store
+from taming.data.shards.tar import Member, key_of_member, kind_of, read_members
 
 TAR = ".tar"
 

@@ -1,0 +1,1 @@
+"""`taming ar sample`: what it reads, checks and writes."""

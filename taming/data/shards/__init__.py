@@ -1,0 +1,1 @@
+"""Tars of samples with an index: written, read, fetched, and made of tars of others."""
