@@ -41,5 +41,6 @@ class Skipped:
         # Each new reason, and then at 10, 100, 1000: a note a picture would bury the others.
         before = total - counts.total()
         if first or len(str(total)) > len(str(before)):
-            return f"bad samples replaced by others so far: {reasons}; `taming data check` names the files{named}"
+            told = f"bad samples replaced by others so far: {reasons}"
+            return f"{told}; `taming data check` names the files{named}"
         return None
