@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +29,16 @@ from torch import Tensor
 
 from stage1_vq.inputs import model_input
 from stage1_vq.model import VQModel
-from taming.atomic import write_text
-from taming.data.batch import to_device
+from taming.atomic import whole_folder, write_text
+from taming.data.batch import collate, to_device
 from taming.data.checking.codes import read_code_index
 from taming.data.dataset import PictureDataset
+from taming.data.left_out import LeftOut, attempt
 from taming.data.picture import to_uint8
 from taming.disk import room_for
-from taming.errors import DataError, UserError
+from taming.errors import BadSample, DataError, DataWarning, UserError
 from taming.tensor_file import write_tensors
+from taming.types import Batch
 
 FORMAT = "taming-codes/1"
 INDEX = "index.json"
@@ -84,7 +87,8 @@ def write_codes(
 
     `keep` names pictures ("image", "condition_image") that are stored too, for conditions that are made of
     them: low resolution, edges, second pictures. `progress` is called with the number of pictures just
-    done. Raises UserError where `folder` is in use, or the data has not what shall be kept.
+    done. Samples that cannot be read are left out within their data's skip budget, with a DataWarning.
+    `folder` is whole or absent. Raises UserError where it is in use, or the data has not what shall be kept.
     """
     for dataset in datasets.values():
         _check_kept(keep, dataset)
@@ -92,22 +96,38 @@ def write_codes(
         raise UserError(f"{folder} is not empty; give --out another folder or empty this one")
     for dataset in datasets.values():
         model.check_size(*dataset.size)
-    folder.mkdir(parents=True, exist_ok=True)
     model = model.to(device).eval()
-    splits: dict[str, list[dict[str, Any]]] = {}
-    for split, dataset in datasets.items():
-        splits[split] = []
-        for number, start in enumerate(range(0, len(dataset), shard_size)):
-            rows = range(start, min(start + shard_size, len(dataset)))
-            tensors, entry = _encode_rows(model, dataset, rows, views, keep, batch_size, device, progress)
-            entry["file"] = f"{split}-{number:05d}.safetensors"
-            with room_for("codes", folder):
-                written = write_tensors(folder / entry["file"], tensors)
-            entry.update(written._asdict())
-            splits[split].append(entry)
-    reference = next(iter(datasets.values()))
+    with room_for("codes", folder), whole_folder(folder) as place:
+        splits: dict[str, list[dict[str, Any]]] = {}
+        for split, dataset in datasets.items():
+            splits[split] = []
+            left_out = LeftOut(split, len(dataset), dataset.skip_budget)
+            for start in range(0, len(dataset), shard_size):
+                rows = range(start, min(start + shard_size, len(dataset)))
+                made = _encode_rows(model, dataset, rows, views, keep, batch_size, device, progress, left_out)
+                if made is None:
+                    continue
+                tensors, entry = made
+                entry["file"] = f"{split}-{len(splits[split]):05d}.safetensors"
+                entry.update(write_tensors(place / entry["file"], tensors)._asdict())
+                splits[split].append(entry)
+            for note in left_out.notes():
+                warnings.warn(note, DataWarning, stacklevel=2)
+        index = _index(model, next(iter(datasets.values())), views, keep, splits)
+        model.save_pretrained(place / "tokenizer")
+        write_text(place / INDEX, json.dumps({"format": FORMAT, **vars(index)}, indent=1))
+    return index
+
+
+def _index(
+    model: VQModel,
+    reference: PictureDataset,
+    views: int,
+    keep: Collection[str],
+    splits: dict[str, list[dict[str, Any]]],
+) -> CodeIndex:
     factor = model.spec.downsample_factor
-    index = CodeIndex(
+    return CodeIndex(
         tokenizer_hash=model.codes_hash(),
         grid=(reference.size[0] // factor, reference.size[1] // factor),
         downsample_factor=factor,
@@ -120,11 +140,6 @@ def write_codes(
         object_names=list(reference.object_names),
         told_by_view=True,
     )
-    model.save_pretrained(folder / "tokenizer")
-    # Last, so that a folder with an index is whole.
-    with room_for("codes", folder):
-        write_text(folder / INDEX, json.dumps({"format": FORMAT, **vars(index)}, indent=1))
-    return index
 
 
 def read_index(folder: Path) -> CodeIndex:
@@ -204,16 +219,17 @@ def _encode_rows(
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    left_out: LeftOut,
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors of a shard and its entry in the index; None where no row can be read."""
     columns: dict[str, list[Tensor]] = {}
     entry: dict[str, Any] = {"keys": []}
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
         per_view: dict[str, list[Tensor]] = {}
         told: dict[str, list[list[Any]]] = {}
-        for view in range(views):
-            # Epoch -1 is the centre crop; the random views are those of epochs 0, 1, ...
-            batch = to_device(dataset.batch(chunk, [view - 1] * len(chunk)), device)
+        for view, read in enumerate(_read_views(dataset, chunk, views, left_out)):
+            batch = to_device(read, device)
             per_view.setdefault("codes", []).append(
                 model.encode(model_input(batch, model.config)).int().cpu()
             )
@@ -236,4 +252,19 @@ def _encode_rows(
             columns.setdefault(key, []).append(torch.stack(values, dim=1))
         if progress is not None:
             progress(len(chunk))
+    if not columns:
+        return None
     return {key: torch.cat(values).contiguous() for key, values in columns.items()}, entry
+
+
+def _read_views(dataset: PictureDataset, rows: range, views: int, left_out: LeftOut) -> list[Batch]:
+    """A batch a view of the rows that can be read; nothing where none can."""
+    # Epoch -1 is the centre crop; the random views are those of epochs 0, 1, ...
+    epochs = range(-1, views - 1)
+    try:
+        return [dataset.batch(rows, [epoch] * len(rows)) for epoch in epochs]
+    except BadSample:
+        pass  # sample by sample, then
+    found = [attempt(lambda row=row: [dataset.sample(row, epoch) for epoch in epochs]) for row in rows]  # type: ignore[misc]
+    _, samples = left_out.sift(rows, found)
+    return [collate(list(view)) for view in zip(*samples, strict=True)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stage1_vq import VQModel
@@ -14,7 +15,7 @@ from stage1_vq.codes import read_index, read_shards, write_codes
 from stage2_ar.codes import CodeDataset
 from taming.data.batch import to_device
 from taming.data.boxes import mirror_objects
-from taming.data.config import ScenesDataConfig
+from taming.data.config import FolderDataConfig, ScenesDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.loader import train_batches
 from taming.data.scenes import CLASS_NAMES
@@ -193,3 +194,23 @@ def test_pictures_are_kept_where_asked_for(tokenizer: VQModel, tmp_path: Path) -
     with pytest.raises(UserError, match="'edges' cannot be kept beside codes"):
         write_codes(tokenizer, splits, tmp_path / "other", keep=["edges"])
     assert not (tmp_path / "other").exists()
+
+
+def test_pictures_that_go_bad_are_left_out_and_the_folder_is_whole_or_absent(
+    tokenizer: VQModel, tmp_path: Path
+) -> None:
+    for n in range(6):
+        noise = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(tmp_path / f"{n}.png")
+    config = FolderDataConfig(root=tmp_path, size=16, validation_fraction=0, skip_budget=0.2)
+    dataset = open_dataset(config, "train")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:400])
+    with pytest.warns(UserWarning, match=r"left 1 truncated out of 6 pictures; first truncated: .*2\.png"):
+        index = write_codes(tokenizer, {"train": dataset}, tmp_path / "codes", views=2, batch_size=4)
+    assert index.splits["train"][0]["keys"] == ["0", "1", "3", "4", "5"]
+    assert len(CodeDataset(tmp_path / "codes", "train")) == 5
+    (tmp_path / "4.png").unlink()
+    with pytest.raises(DataError, match="2 of 6 pictures cannot be used"):
+        write_codes(tokenizer, {"train": dataset}, tmp_path / "others")
+    assert not (tmp_path / "others").exists()
+    assert [path.name for path in tmp_path.iterdir() if "others" in path.name] == []
