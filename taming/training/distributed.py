@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -54,6 +55,8 @@ def make_accelerator(precision: str) -> Accelerator:
     GPUs and CPUs. Raises UserError for a launch that would not do what it says.
     """
     check_launch()
+    # What Accelerate calls it, which newer releases of torch call otherwise.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # Accelerate keeps the precision of a process's first run for all later ones, and refuses another.
     AcceleratorState._reset_state()
     on_cpu = _launched_on_cpu()
