@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from taming.errors import DataError
 from taming.types import Batch
@@ -39,7 +40,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
         if isinstance(first, Tensor):
             if len({value.dtype for value in values}) > 1:
                 values = [_to_float(value) for value in values]
-            batch[name] = torch.stack(values)
+            # torch's own, which lays them straight into the memory that a data worker shares.
+            batch[name] = default_collate(values)
         elif isinstance(first, int):
             batch[name] = torch.tensor(values, dtype=torch.int64)
         else:
