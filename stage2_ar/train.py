@@ -24,7 +24,7 @@ from taming.errors import UserError
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.compiler import check_compiler
 from taming.training.distributed import check_launch
-from taming.training.loop import RunResult, run_training
+from taming.training.run import RunResult, run_training
 from taming.training.sharding import read_sharding
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from taming.config import Config, read_yaml, shipped_configs
 from taming.options import printable
 from taming.training.config import TrainingConfig
-from taming.training.loop import Interrupted, RunResult
+from taming.training.loop import Interrupted
+from taming.training.run import RunResult
 
 
 def run_folder(training: TrainingConfig, source: str) -> Path:

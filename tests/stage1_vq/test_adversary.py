@@ -29,7 +29,7 @@ from taming.gan.regularisers import gradient_penalty
 from taming.training import loop
 from taming.training.checkpoint import list_checkpoints
 from taming.training.guard import CollapseGuard
-from taming.training.loop import RunResult
+from taming.training.run import RunResult
 from tests.conftest import TINY_TRAINING, vq_config, vq_values
 
 NETWORK = {"kind": "patchgan", "channels": 4, "num_layers": 1, "norm": "group"}
@@ -244,7 +244,7 @@ def test_a_rollback_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(CollapseGuard, "_what_is_wrong", collapse_at_six)
     result = train(vq_config(discriminator=settings, training=training), tmp_path / "whole")
     assert len([note for note in result.notes if "as the test wants it" in note]) == 1
-    for owner, moment in ((loop._Loop, "_tell"), (loop, "remove_checkpoints_after")):
+    for owner, moment in ((loop.Loop, "_tell"), (loop, "remove_checkpoints_after")):
         run = tmp_path / moment
         real = getattr(owner, moment)
 

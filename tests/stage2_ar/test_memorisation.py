@@ -25,7 +25,7 @@ from taming.config import build_config
 from taming.data.config import ScenesDataConfig
 from taming.data.dataset import open_dataset
 from taming.errors import UserError
-from taming.training.loop import RunResult
+from taming.training.run import RunResult
 from tests.conftest import TINY_MODEL, TINY_TRAINING, ar_config, make_pipeline
 
 
