@@ -9,6 +9,7 @@ from torch import nn
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.model import ENCODING_PARTS, VQModel
+from taming.config import differences
 from taming.errors import UserError
 
 TRAINING_ONLY = frozenset(
@@ -46,16 +47,9 @@ HEALTH_BUFFERS = {"initialised": 1, "steps_unused": 0, "choice_rate": 1}
 def start_from(model: VQModel, source: str) -> None:
     """Give `model` the weights of a saved one. Raises UserError where they would not mean the same."""
     start = VQModel.from_pretrained(source)
-    here, there = weight_facts(model.config), weight_facts(start.config)
-    differences = [
-        f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key)
-    ]
-    if differences:
+    if changed := differences(weight_facts(start.config), weight_facts(model.config)):
         raise UserError(
-            f"init_from {source} has another model config than this run ({'; '.join(differences[:6])}); "
-            "copy these keys to model"
+            f"init_from {source} has another model config than this run ({changed}); copy these keys to model"
         )
     state, own = start.state_dict(), model.state_dict()
     for key in own.keys() ^ state.keys():

@@ -16,7 +16,7 @@ from stage2_ar.config import ARModelConfig
 from stage2_ar.model import ARTIFACT_KIND, ARModel
 from stage2_ar.transformer_config import GPTConfig
 from taming.artifact import load_artifact
-from taming.config import build_config
+from taming.config import build_config, differences
 from taming.errors import UserError
 
 FREE = frozenset(
@@ -113,15 +113,10 @@ def _read(config: ARModelConfig, source: str) -> tuple[ARModelConfig, dict[str, 
     here_facts, there_facts = _facts(config), _facts(there)
     if not there.transformer.target_positions:  # they may be added, but not be left out
         here_facts.pop("target_positions", None)
-    differences = [
-        f"{key}: {there_facts.get(key, 'absent')} there, {here_facts.get(key, 'absent')} here"
-        for key in sorted(here_facts.keys() | there_facts.keys())
-        if here_facts.get(key) != there_facts.get(key)
-    ]
-    if differences:
+    if changed := differences(there_facts, here_facts):
         raise UserError(
-            f"init_from {source} has another transformer than this run ({'; '.join(differences[:6])}); "
-            "copy these keys to transformer"
+            f"init_from {source} has another transformer than this run ({changed}); copy these keys to "
+            "transformer"
         )
     height, width = (side * there.downsample_factor for side in there.grid)
     if isinstance(config.transformer, GPTConfig) and there.grid != config.grid:

@@ -82,6 +82,17 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], *, most: int = 8) -> str | None:
+    """What differs between two flat configs, in words: the first `most` keys and how many more; else None."""
+    changed = [
+        f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    rest = f"; and {len(changed) - most} more" if len(changed) > most else ""
+    return "; ".join(changed[:most]) + rest if changed else None
+
+
 def shipped_configs(group: str) -> dict[str, Path]:
     """Name -> path of the configs that come with the toolkit in `group` ("stage1", "stage2", "demo")."""
     # In a wheel they are package data of taming.configs; in a checkout they lie beside the packages.

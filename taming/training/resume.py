@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from taming.config import Config, build_config
+from taming.config import Config, build_config, differences
 from taming.errors import ArtifactError, ConfigError, UserError
 from taming.training.checkpoint import latest_checkpoint, list_checkpoints
 
@@ -37,8 +37,6 @@ FREE_KEYS = (
     "recompute",
     "compile",
 )
-SHOWN = 8
-"""So many differences are spelled out."""
 
 
 def choose_checkpoint(run: Path, resume: str, passed_over: list[str]) -> Path | None:
@@ -81,19 +79,11 @@ def check_same_config(run: Path, config: Config) -> None:
     saved_file = run / "config.yaml"
     if not saved_file.is_file():
         return
-    saved = _flatten(_as_written_today(saved_file, type(config)))
-    now = _flatten(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: {saved.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-    ]
-    if changed:
-        rest = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    saved = _bound(_as_written_today(saved_file, type(config)))
+    if changed := differences(saved, _bound(config.model_dump(mode="json"))):
         raise UserError(
-            f"the config is not the one {run} was trained with ({'; '.join(changed[:SHOWN])}{rest}); use "
-            f"{saved_file}, or train in another training.output"
+            f"the config is not the one {run} was trained with ({changed}); use {saved_file}, or train in "
+            "another training.output"
         )
 
 
@@ -134,6 +124,16 @@ def _as_written_today(file: Path, schema: type[Config]) -> Any:
         return build_config(schema, values, source=str(file)).model_dump(mode="json")
     except ConfigError:
         return values  # of a time with other keys: they are shown as they are
+
+
+def _bound(values: Any) -> dict[str, Any]:
+    """What must not change, by dotted key."""
+    flat = _flatten(values)
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    }
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_architecture(run: Path, tmp_path: Path) -> None
     config = write_config(tmp_path / "wider.yaml", values)
     checkpoint = run / "checkpoints/step-00000004"
     said = refused("vq", "train", config, "-o", f"training.output={tmp_path / 'run'}", "--resume", checkpoint)
-    assert "model.channels: 8 -> 16" in said
+    assert "model.channels: 8 there, 16 here" in said
 
 
 @pytest.mark.parametrize(

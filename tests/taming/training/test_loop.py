@@ -68,7 +68,7 @@ def test_stage_two_resumes_exactly_too(tmp_path: Path, tokenizer: VQModel) -> No
 def test_another_config_is_refused_with_its_difference(tmp_path: Path) -> None:
     train_tokenizer(vq_config(), tmp_path)
     changed = vq_config(optimizer={"learning_rate": 5e-4})
-    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.0005"):
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.0005 here"):
         train_tokenizer(changed, tmp_path)
 
 
