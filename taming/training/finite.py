@@ -62,7 +62,7 @@ def exchange(
     lengths = [whole_norm(norm).detach().double().reshape(1) for norm in norms.values()]
     host = torch.cat((rows.flatten(), *lengths)).tolist()
     columns = [host[place : table.numel() : len(row)] for place in range(len(row))]
-    terms = dict(zip(values, columns, strict=False))
+    terms = dict(zip(values, columns[: len(values)], strict=True))
     brought = dict(zip(own, columns[len(values) :], strict=True))
     means = rows.mean(0)[: len(values)].float()
     return StepValues(

@@ -30,7 +30,6 @@ FREE_KEYS = (
     "training.evaluation_pictures",
     "training.on_nonfinite",
     "training.verify_processes_every",
-    "training.verify_processes_every",
     "data.cache",
     "data.cache_size",
     "data.skip_budget",

@@ -20,8 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_vq import VQModel
-from stage1_vq.config import VQModelConfig
 from taming.config import build_config
 from taming.data.channels import read_pixels
 from taming.data.checking.check import check_source
@@ -29,9 +27,9 @@ from taming.data.config import FolderDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.picture import FileBytes, read_depth, read_labels, read_picture, read_size
 from taming.errors import BadSample, DataError
-from tests.conftest import TINY_MODEL, make_pipeline, vq_values
+from tests.conftest import vq_values
+from tests.end_to_end.strangers import write
 from tests.end_to_end.test_command_line import ENVIRONMENT, refused
-from tests.end_to_end.test_hostile_files import write
 from tests.taming.data.picture_files import COLOUR, GREY, bmp, gif, png, png_chunk, tiff
 
 LIMIT = 100 * 2**20
@@ -255,17 +253,6 @@ def test_weights_of_metrics_are_not_unpacked(tmp_path: Path, models: Path) -> No
     assert extra_memory(lambda: read(squeezed, "compressed archive")) < LIMIT
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    tokenizer = VQModel(build_config(VQModelConfig, TINY_MODEL)).eval()
-    tokenizer.save_pretrained(folder / "vq")
-    make_pipeline(tokenizer, {"kind": "class", "num_classes": 4}).save_pretrained(folder / "class")
-    make_pipeline(tokenizer, {"kind": "depth", "hidden_width": 8}).save_pretrained(folder / "depth")
-    return folder
-
-
 def commands(bomb: Path, models: Path, work: Path) -> list[list[object]]:
     config = write(work / "c.yaml", vq_values(data={"kind": "folder", "root": str(bomb.parent), "size": 16}))
     out = ["--out", work / "out"]
@@ -275,7 +262,7 @@ def commands(bomb: Path, models: Path, work: Path) -> list[list[object]]:
         ["vq", "eval", models / "vq", bomb.parent, *out],
         ["vq", "train", config, "-o", f"training.output={work / 'run'}"],
         ["ar", "sample", models / "depth", "--depth", bomb, *out],
-        *(["ar", "sample", models / "class", "--class", 1, way, bomb, *rest, *out] for way, *rest in EDITS),
+        *(["ar", "sample", models / "ar", "--class", 1, way, bomb, *rest, *out] for way, *rest in EDITS),
     ]
 
 

@@ -6,9 +6,9 @@ import contextlib
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +98,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def processor_seconds() -> float:
+    """Of all processes that ended: other work on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     times = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = processor_seconds()
         done = taming_process("--help")
-        times.append(time.perf_counter() - begin)
+        times.append(processor_seconds() - begin)
     assert all(name in done.stdout for name in ("data", "vq", "ar", "demo", "doctor"))
     assert "codebook" in done.stdout
-    assert min(times) < 1.5  # importing torch alone takes longer, and other tests run beside this one
+    assert min(times) < 0.5
     code = (
         "import sys\nfrom taming.cli import main\nsys.argv = ['taming', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules\n"

@@ -11,9 +11,8 @@ import json
 import os
 import pickle
 import shutil
-import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,104 +20,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 
-from stage1_vq import VQModel
 from taming.data.config import ShardsDataConfig
 from taming.data.dataset import open_dataset
 from taming.data.shards.index import joined, parse_entries, parse_index
-from tests.conftest import ar_values, make_pipeline, vq_values
+from tests.conftest import ar_values, vq_values
+from tests.end_to_end.strangers import (
+    Payload,
+    pickles,
+    picture,
+    safetensors_header,
+    sampled,
+    tensor_header,
+    write,
+)
 from tests.end_to_end.test_command_line import Done, refused, taming
 from tests.stage1_vq.interop.published import published_yaml, small_model
 from tests.stage2_ar.interop.published import container_yaml, gpt_yaml, random_gpt
 from tests.taming.data.test_damaged_shards import vouch
 
 DEEP = "[" * 200_000
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (f"touch {self.canary}",)
-
-
-@pytest.fixture
-def canary(tmp_path: Path) -> Iterator[Path]:
-    """What no test may ever make; and that each payload would, if something loaded it."""
-    path = tmp_path / "canary"
-    pickle.loads(pickle.dumps(Payload(path)))
-    assert path.exists()
-    path.unlink()
-    before = sorted(item.name for item in tmp_path.iterdir())
-    yield path
-    assert not path.exists()
-    assert not (tmp_path.parent / "canary").exists()
-    assert before == []
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tokenizer (vq), and pipelines with it (ar, by class)."""
-    from stage1_vq.config import VQModelConfig
-    from taming.config import build_config
-    from tests.conftest import TINY_MODEL
-
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    tokenizer = VQModel(build_config(VQModelConfig, TINY_MODEL)).eval()
-    tokenizer.save_pretrained(folder / "vq")
-    make_pipeline(tokenizer, {"kind": "class", "num_classes": 4}).save_pretrained(folder / "ar")
-    return folder
-
-
-@pytest.fixture
-def work(tmp_path: Path, canary: Path) -> Path:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    return folder
-
-
-def pickles(canary: Path) -> dict[str, bytes]:
-    """The ways in which checkpoints are pickled."""
-    archive, old = io.BytesIO(), io.BytesIO()
-    content = {"state_dict": {"a": torch.zeros(1)}, "model": {"a": torch.zeros(1)}, "x": Payload(canary)}
-    torch.save(content, archive)
-    torch.save(content, old, _use_new_zipfile_serialization=False)
-    return {"zip": archive.getvalue(), "old": old.getvalue(), "bare": pickle.dumps(Payload(canary))}
-
-
-def sampled(model: Path, work: Path) -> str:
-    """The line that says why a pipeline does not sample."""
-    return refused("ar", "sample", model, "--class", 1, "--out", work / "out")
-
-
-def safetensors_header(header: bytes, length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(header) if length is None else length) + header
-
-
-def tensor_header(shape: list[int], offsets: list[int]) -> bytes:
-    tensor = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-    return safetensors_header(json.dumps({"a": tensor}).encode())
-
-
-def write(path: Path, content: bytes | str | dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, dict):
-        content = yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def picture(path: Path, size: int = 16) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng([*path.name.encode()]).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    return path
 
 
 # --- pickles -----------------------------------------------------------------------------------------------

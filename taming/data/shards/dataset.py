@@ -209,22 +209,23 @@ class ShardDataset(StoredDataset):
         sizes = np.concatenate([entries.sizes for entries in self.entries])[self.rows].astype(np.int64)
         small = (sizes < (height, width)).any(axis=1) & (not config.upscale)
         large = sizes.prod(axis=1) > config.max_pixels
-        if small.any():
-            own_height, own_width = sizes[small][0].tolist()
-            left_out.add(
+        for reason, chosen, fault in (
+            (
                 "mismatched",
-                int(small.sum()),
-                f"picture {self._name(small)} is {own_width}x{own_height}, smaller than the crop"
-                f" {width}x{height}; set data.upscale=true or data.size={sizes[small].min()}, or remove it",
-            )
-        if large.any():
-            own_height, own_width = sizes[large][0].tolist()
-            left_out.add(
+                small,
+                f"smaller than the crop {width}x{height}; set data.upscale=true or "
+                f"data.size={sizes[small].min(initial=min(height, width))}, or remove it",
+            ),
+            (
                 "too large",
-                int(large.sum()),
-                f"picture {self._name(large)} has {own_width}x{own_height} pixels, more than"
-                f" data.max_pixels = {config.max_pixels}; raise that or remove it",
-            )
+                large,
+                f"more than data.max_pixels = {config.max_pixels}; raise that or remove it",
+            ),
+        ):
+            if chosen.any():
+                own_height, own_width = sizes[chosen][0].tolist()
+                first = f"picture {self._name(chosen)} is {own_width}x{own_height}, {fault}"
+                left_out.add(reason, int(chosen.sum()), first)
         self.rows = self.rows[~small & ~large]
 
     def _name(self, chosen: np.ndarray) -> str:
