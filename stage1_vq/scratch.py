@@ -5,7 +5,6 @@ Axes: C channels, H W positions, G groups of channels, r rows of a band.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from taming.disk import free_bytes
 from taming.errors import UserError
 
 
@@ -160,7 +160,7 @@ class Scratch:
 
     def _check_space(self, needed: int) -> None:
         folder = Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
         if needed > free:
             raise UserError(
                 f"painting in tiles needs {needed / 2**20:.0f} MiB in {folder}, which has "

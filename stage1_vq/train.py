@@ -17,9 +17,10 @@ from taming.errors import UserError
 from taming.gan.discriminators import build_discriminator
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.distributed import check_launch
-from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
+from taming.training.memory import parameter_storages, saved_bytes, state_bytes
 from taming.training.run import RunResult, run_training
 from taming.training.sharding import refuse_sharding
+from taming.units import format_bytes
 
 
 def train(

@@ -12,7 +12,8 @@ from stage2_ar.optimizers import hidden_matrices
 from stage2_ar.task import model_config
 from stage2_ar.train import check_options, filled_in, load_tokenizer
 from stage2_ar.transformer import next_code_loss
-from taming.training.memory import format_bytes, parameter_storages, saved_bytes, state_bytes
+from taming.training.memory import parameter_storages, saved_bytes, state_bytes
+from taming.units import format_bytes
 
 
 def describe(config: ARTrainConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taming.errors import FaultError
-from taming.training.memory import format_bytes
+from taming.units import format_bytes
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing fails with on a full disk, past a quota, or past a limit on files."""

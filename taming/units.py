@@ -1,4 +1,4 @@
-"""Amounts of bytes as people write them."""
+"""Amounts of bytes as people write and read them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,12 @@ def parse_bytes(text: str | int) -> int:
     if found is None or not (count := int(float(found[1]) * _UNITS[found[2]])):
         raise ValueError(f"{text!r} is no size; write a number of bytes, or 256M, or 1.5G")
     return count
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -118,7 +118,7 @@ def index_(
 
 def _show_packed(packed: Packed, folder: Path) -> None:
     from taming.options import printable
-    from taming.training.memory import format_bytes
+    from taming.units import format_bytes
 
     index = packed.index
     for note in packed.notes:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from taming.disk import folder_bytes, free_bytes
 from taming.errors import UserError
 from taming.tensor_file import tensor_bytes
-from taming.training.memory import format_bytes
 from taming.training.sharded import state_in_parts
+from taming.units import format_bytes
 
 ADAM_MOMENTS = 2
 """Tensors of a parameter's size that its optimiser will keep, where it has none yet; Muon keeps fewer."""

@@ -42,12 +42,3 @@ def state_bytes(module: nn.Module, *, optimizer: bool = True, ema: bool = False)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
     return 4 * (total * (2 if ema else 1) + (3 * trainable if optimizer else 0))
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

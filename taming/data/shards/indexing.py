@@ -19,7 +19,7 @@ from taming.data.shards.index import INDEX, KINDS, LARGEST_MEMBER, Kind, ShardFa
 from taming.data.shards.pack import EntriesMaker, Packed, Progress, write_entries
 from taming.data.shards.tar import Member, key_of_member, kind_of, parse_objects, read_members
 from taming.errors import BadSample, DataError
-from taming.training.memory import format_bytes
+from taming.units import format_bytes
 
 _LARGEST = {"label": 64, "text": 2**20, "objects": 2**24}
 """Bytes of members that are no pictures."""

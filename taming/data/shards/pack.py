@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -32,8 +31,9 @@ from taming.data.shards.index import (
 )
 from taming.data.shards.tar import BLOCK, Member, TarWriter, extension_of, objects_json
 from taming.data.stored import Stored
+from taming.disk import free_bytes
 from taming.errors import BadSample, DataError
-from taming.training.memory import format_bytes
+from taming.units import format_bytes
 
 Progress = Callable[[int, int], None]
 NAME = "pictures"
@@ -254,7 +254,7 @@ def _check_room(samples: Sequence[Stored], out: Path) -> int:
         needed += sum(_padded(_length(source)) for source in (sample.image, *sample.maps.values()))
         told = (sample.label, sample.objects, sample.captions)
         needed += sum(2 * BLOCK + len(str(value)) for value in told if value is not None) + 256
-    free = shutil.disk_usage(out.parent).free
+    free = free_bytes(out)
     if free < needed:
         raise DataError(
             f"{out} needs about {format_bytes(needed)}, and its disk has {format_bytes(free)} left; free some"

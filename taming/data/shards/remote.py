@@ -32,7 +32,7 @@ from urllib.request import (
 )
 
 from taming.errors import DataError
-from taming.training.memory import format_bytes
+from taming.units import format_bytes
 
 
 class _Wrong(Exception):

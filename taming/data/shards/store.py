@@ -14,7 +14,7 @@ from taming.data.config import ShardsDataConfig
 from taming.data.shards.index import INDEX, LARGEST_INDEX, ShardFacts, ShardIndex, parse_index
 from taming.data.shards.remote import FileCache, fetch, is_address, join_address, shown
 from taming.errors import BadSample, DataError
-from taming.training.memory import format_bytes
+from taming.units import format_bytes
 
 T = TypeVar("T")
 _FILES_OPEN = 32
