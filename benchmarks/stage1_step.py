@@ -38,8 +38,8 @@ from stage1_vq.loss import adaptive_weight
 from stage1_vq.model import VQModel
 from stage1_vq.task import VQTask
 from taming.config import build_config
+from taming.gan.discriminators.patchgan import PatchGAN
 from taming.gan.losses import discriminator_loss, generator_loss
-from taming.gan.patchgan import PatchGAN
 from taming.metrics.lpips import PerceptualDistance
 
 SETTINGS = {

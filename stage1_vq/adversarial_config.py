@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from taming.config import Config
 from taming.gan.augment import Augmentation
 from taming.gan.discriminators import DiscriminatorConfig
+from taming.gan.discriminators.patchgan import PatchGANConfig
 from taming.gan.losses import AdversarialLoss
-from taming.gan.patchgan import PatchGANConfig
 from taming.gan.regularisers import LeCamConfig, R1Config
 from taming.training.guard import GuardConfig
 from taming.training.plateau import PlateauConfig

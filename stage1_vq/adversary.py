@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stage1_vq.adversarial_config import AdversarialConfig
-from stage1_vq.loss import gradient_ratio, last_conv_gradient
-from taming.gan.actnorm import ActNorm
+from stage1_vq.loss import gradient_ratio
 from taming.gan.augment import View, draw_view
-from taming.gan.discriminators import build_discriminator, load_discriminator, save_discriminator
+from taming.gan.discriminators import build_discriminator
+from taming.gan.discriminators.saved import load_discriminator, save_discriminator
+from taming.gan.generator import Painter
 from taming.gan.losses import discriminator_loss, generator_loss
 from taming.gan.regularisers import LeCam, gradient_penalty
-from taming.gan.spectral_norm import SpectralConv2d
+from taming.layers.actnorm import ActNorm
+from taming.layers.spectral_norm import Directions
 from taming.training.distributed import reduced_if
 from taming.training.gradients import OwnGradients
 from taming.training.guard import CollapseGuard
@@ -64,7 +66,7 @@ class Adversary:
         self.state = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         """All that it remembers beside the network and its optimiser."""
         self._before: list[tuple[Tensor, Tensor]] = []
-        self._directions: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._directions: dict[str, Directions] = {}
 
     def start_from(self, source: str) -> None:
         """Take the weights of the discriminator saved beside the model `source`; notes what became of it."""
@@ -133,15 +135,15 @@ class Adversary:
         self,
         picture: Tensor,
         wanted: Tensor,
-        features: Tensor,
-        last_conv: nn.Conv2d,
+        features: tuple[Tensor, ...],
+        painter: Painter,
         step: int,
         view: View,
     ) -> Judgement | None:
         """What the reconstruction `picture` (B, C, H, W, a leaf) is to follow beside `wanted`.
 
-        `wanted` (B, C, H, W) is the gradient of all other losses there; `last_conv` made the picture of
-        `features`. None while it only watches.
+        `wanted` (B, C, H, W) is the gradient of all other losses there; the last layer of `painter` made the
+        picture of `features`. None while it only watches.
         """
         if not self.factor(step):
             return None
@@ -153,7 +155,8 @@ class Adversary:
         (gradient,) = torch.autograd.grad(loss, picture)
         at_last_layer = None
         if self.balances(step):
-            both = [last_conv_gradient(features, last_conv, g).float() for g in (wanted, gradient)]
+            with self.accelerator.autocast():
+                both = [painter.last_gradient(features, g).float() for g in (wanted, gradient)]
             at_last_layer = torch.stack(both)
         return Judgement(gradient, at_last_layer, loss.detach())
 
@@ -206,16 +209,10 @@ class Adversary:
         return logs
 
     def _turn_back(self, phase: str) -> None:
-        """Let each micro-batch meet the spectral norms that the first one met in this phase of the step.
-
-        Every forward moves them: those of many micro-batches would otherwise move them further than one of
-        the whole batch does.
-        """
+        """Let each micro-batch meet the spectral norms that the first one met in this phase of the step."""
         if phase not in self._directions:
-            parts = [part for part in self.discriminator.modules() if isinstance(part, SpectralConv2d)]
-            self._directions[phase] = [(d, d.clone()) for part in parts for d in part.directions]
-        for direction, before in self._directions[phase]:
-            direction.copy_(before)
+            self._directions[phase] = Directions(self.discriminator)
+        self._directions[phase].turn_back()
 
     def end_step(self, step: int, logs: dict[str, Tensor], values: dict[str, float], *, last: bool) -> None:
         """After every step, played or not; `logs` are the step's means over processes, `values` read."""

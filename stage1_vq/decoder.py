@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_vq.config import VQModelConfig
 from stage1_vq.encoder import Level, Middle, residual_block
+from stage1_vq.loss import last_conv_gradient
+from taming.gan.generator import Painted, Painter
 from taming.layers.norm import group_norm, group_norm_silu
 from taming.layers.resnet import Upsample
 from taming.layers.spatial_attention import SpatialAttention
 
 
-class Painted(NamedTuple):
-    """A picture and what its last convolution saw."""
-
-    images: Tensor
-    """(B, in_channels, H, W)."""
-    features: Tensor
-    """(B, C, H/p, W/p) of patch size p, detached: with the gradient of `images` it gives that of the last
-    weight."""
-
-
-class Decoder(nn.Module):
+class Decoder(Painter):
     """(B, z_channels, h, w) -> pictures (B, in_channels, h f, w f); not clamped."""
 
     def __init__(self, config: VQModelConfig) -> None:
@@ -58,7 +48,22 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
         features = group_norm_silu(h, self.norm_out, recompute=self.recompute)
-        images = self.conv_out(features)
+        return Painted(self.paint(features), (features.detach(),))
+
+    def paint(self, *features: Tensor) -> Tensor:
+        """(B, C, H/p, W/p) of patch size p, before the last convolution -> pictures."""
+        images: Tensor = self.conv_out(*features)
         if self.patch_size > 1:
             images = F.pixel_shuffle(images, self.patch_size)
-        return Painted(images, features.detach())
+        return images
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the last convolution."""
+        weight = self.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def last_gradient(self, features: tuple[Tensor, ...], gradient: Tensor) -> Tensor:
+        """Gradient of `last_layer`, as Painter says, without another forward of the convolution."""
+        return last_conv_gradient(features[0], self.conv_out, gradient)

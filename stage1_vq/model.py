@@ -36,8 +36,8 @@ class VQOutput:
     reconstruction: Tensor
     """(B, C, H, W), not clamped; of segmentation logits."""
     quantizer: QuantizerOutput
-    features: Tensor
-    """(B, width, H/p, W/p) detached, p the patch size: the input of the decoder's last convolution."""
+    features: tuple[Tensor, ...]
+    """Detached: what the decoder's last layer saw."""
 
 
 class VQModel(nn.Module):
@@ -74,9 +74,9 @@ class VQModel(nn.Module):
         return self.quantize.codebook.detach()
 
     @property
-    def last_layer(self) -> Tensor:
+    def last_layer(self) -> nn.Parameter:
         """The decoder's last weight, at which the adaptive weight compares gradients."""
-        return self.decoder.conv_out.weight
+        return self.decoder.last_layer
 
     def forward(self, images: Tensor) -> VQOutput:
         """Reconstruct (B, C, H, W) in [-1, 1], H and W multiples of the downsample factor.

@@ -168,8 +168,7 @@ class Passes:
                 first=(rank * micro_batches + number) * len(images),
                 in_all=processes * micro_batches * len(images),
             )
-            last_conv = self.model.decoder.conv_out
-            judgement = adversary.judge(picture, wanted, output.features, last_conv, step, view)
+            judgement = adversary.judge(picture, wanted, output.features, self.model.decoder, step, view)
             if judgement is not None:
                 logs["adversarial"] = judgement.loss
         logs |= {name: value for name, value in output.quantizer.terms.items() if name not in logs}

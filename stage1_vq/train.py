@@ -73,12 +73,9 @@ def check(config: VQTrainConfig) -> None:
             )
     check_input(config.model, config.data.gives)
     if config.discriminator is not None:
-        least, (height, width) = config.discriminator.network.smallest_size, config.data.height_width
-        if min(height, width) < least:
-            raise UserError(
-                f"data.size: pictures of {height}x{width} are too small for a discriminator that needs "
-                f"{least} pixels a side; use fewer discriminator.network.num_layers, or larger pictures"
-            )
+        reason = config.discriminator.network.unsuited(*config.data.height_width)
+        if reason is not None:
+            raise UserError(f"data.size: {reason}")
 
 
 def describe(config: VQTrainConfig) -> dict[str, str]:

@@ -16,8 +16,8 @@ from stage1_vq.model import VQModel
 from taming.artifact import load_state
 from taming.building import build_with
 from taming.errors import ArtifactError
-from taming.gan.discriminators import save_discriminator
-from taming.gan.patchgan import Norm, PatchGAN, PatchGANConfig
+from taming.gan.discriminators.patchgan import Norm, PatchGAN, PatchGANConfig
+from taming.gan.discriminators.saved import save_discriminator
 
 
 @dataclass(frozen=True)

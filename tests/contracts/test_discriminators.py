@@ -13,11 +13,12 @@ from torch import nn
 from stage1_vq.task import VQTask
 from stage1_vq.train import describe
 from taming.config import Config, build_config
-from taming.gan.actnorm import ActNorm
 from taming.gan.discriminators import DiscriminatorConfig, build_discriminator
+from taming.gan.discriminators.stylegan import StyleGANConfig, StyleGANDiscriminator, append_batch_deviation
 from taming.gan.regularisers import gradient_penalty
-from taming.gan.spectral_norm import SpectralConv2d
-from taming.gan.stylegan import EqualisedConv2d, StyleGANConfig, StyleGANDiscriminator, append_batch_deviation
+from taming.layers.actnorm import ActNorm
+from taming.layers.equalised import EqualisedConv2d
+from taming.layers.spectral_norm import SpectralConv2d
 from tests.conftest import vq_config
 
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from stage1_vq.config import VQModelConfig
-from stage1_vq.loss import last_conv_gradient
 from stage1_vq.model import VQModel
 from taming.config import build_config, read_yaml, shipped_configs
 from taming.errors import ArtifactError, ConfigError, UserError
@@ -187,5 +186,5 @@ def test_patches_of_pixels_enter_and_leave_as_one_position(patch_size: int, mult
     output = model(images)
     wanted = torch.randn_like(output.reconstruction)
     (expected,) = torch.autograd.grad(output.reconstruction, model.last_layer, wanted)
-    found = last_conv_gradient(output.features, model.decoder.conv_out, wanted)
+    found = model.decoder.last_gradient(output.features, wanted)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

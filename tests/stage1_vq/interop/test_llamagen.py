@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from stage1_vq.interop.llamagen import import_llamagen, our_name
 from taming.errors import ArtifactError
-from taming.gan.patchgan import PatchGAN, PatchGANConfig
+from taming.gan.discriminators.patchgan import PatchGAN, PatchGANConfig
 from tests.end_to_end.test_command_line import taming
 from tests.stage1_vq.interop.published import llamagen_state, small_model
 

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from stage1_vq import VQModel
 from stage1_vq.interop.taming_transformers import import_taming_transformers
 from taming.errors import ArtifactError, ConfigError, UserError
-from taming.gan.discriminators import load_discriminator
-from taming.gan.patchgan import PatchGAN, PatchGANConfig
+from taming.gan.discriminators.patchgan import PatchGAN, PatchGANConfig
+from taming.gan.discriminators.saved import load_discriminator
 from tests.end_to_end.test_command_line import taming
 from tests.stage1_vq.interop.published import published_yaml, small_model, write_published
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from taming.collective import choose_rows, gather_rows
-from taming.gan.batch_norm import SharedBatchNorm2d
 from taming.gan.regularisers import gradient_penalty
+from taming.layers.batch_norm import SharedBatchNorm2d
 from tests.ranks import run_ranks
 
 

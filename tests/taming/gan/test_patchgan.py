@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from taming.gan.patchgan import PatchGAN, PatchGANConfig
+from taming.gan.discriminators.patchgan import PatchGAN, PatchGANConfig
 
 
 def test_published_names_widths_and_first_values():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from taming.config import Config
-from taming.gan.actnorm import ActNorm
-from taming.gan.batch_norm import SharedBatchNorm2d
-from taming.gan.spectral_norm import SpectralConv2d
+from taming.layers.actnorm import ActNorm
+from taming.layers.batch_norm import SharedBatchNorm2d
+from taming.layers.spectral_norm import SpectralConv2d
 
 Norm = Literal["batch", "actnorm", "group", "spectral", "none"]
 
@@ -26,10 +26,26 @@ class PatchGANConfig(Config):
     above 1 they are those of a micro-batch (actnorm's: of the first). group does not mix pictures; spectral
     bounds each layer's gain instead (Miyato et al. 2018, arXiv:1802.05957)."""
 
+    takes_classes: ClassVar[bool] = False
+
     @property
     def smallest_size(self) -> int:
         """Pixels a side from which there is a logit."""
         return int(3 * 2**self.num_layers)
+
+    def unsuited(self, height: int, width: int) -> str | None:
+        """Why pictures of this size cannot be judged; None where they can."""
+        return too_small(self.kind, self.smallest_size, height, width)
+
+
+def too_small(kind: str, least: int, height: int, width: int) -> str | None:
+    """What is said of pictures with fewer than `least` pixels a side; None of others."""
+    if min(height, width) >= least:
+        return None
+    return (
+        f"pictures of {height}x{width} are too small for a discriminator of kind {kind} that needs {least} "
+        "pixels a side; use fewer num_layers, or larger pictures"
+    )
 
 
 class PatchGAN(nn.Module):
@@ -62,7 +78,7 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, y: Tensor | None = None) -> Tensor:
         logits: Tensor = self.main(images)
         return logits
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from taming.config import Config
+from taming.gan.discriminators.patchgan import too_small
+from taming.layers.equalised import EqualisedConv2d
 
 
 class StyleGANConfig(Config):
@@ -30,10 +32,16 @@ class StyleGANConfig(Config):
     group_size: int = Field(default=4, ge=1)
     """Pictures that the deviation over the batch is taken of; 1 leaves it out."""
 
+    takes_classes: ClassVar[bool] = False
+
     @property
     def smallest_size(self) -> int:
         """Pixels a side from which there is a logit."""
         return int(2**self.num_layers)
+
+    def unsuited(self, height: int, width: int) -> str | None:
+        """Why pictures of this size cannot be judged; None where they can."""
+        return too_small(self.kind, self.smallest_size, height, width)
 
 
 class StyleGANDiscriminator(nn.Module):
@@ -57,32 +65,12 @@ class StyleGANDiscriminator(nn.Module):
         self.dense = EqualisedConv2d(widths[-1], widths[-1], 3, padding=1)
         self.logits = EqualisedConv2d(widths[-1], 1, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.blocks(_leaky(self.from_rgb(images)))
         if self.group_size > 1:
             h = append_batch_deviation(h, self.group_size)
         logits: Tensor = self.logits(_leaky(self.dense(_leaky(self.conv(h)))))
         return logits
-
-
-class EqualisedConv2d(nn.Module):
-    """A convolution with weights from N(0, 1), divided by the root of their fan-in at run time.
-
-    So that a step of Adam means the same in every layer (Karras et al. 2018, arXiv:1710.10196, 4.1).
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, size: int, *, padding: int = 0, bias: bool = True
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.gain = 1 / math.sqrt(in_channels * size**2)
-        self.padding = padding
-
-    def forward(self, x: Tensor, stride: int = 1) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        return F.conv2d(x, self.weight * self.gain, self.bias, stride, self.padding)
 
 
 class ResidualDown(nn.Module):

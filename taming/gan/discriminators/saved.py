@@ -1,36 +1,22 @@
-"""The networks that can judge. A new one is a file, a member of the union and a case here."""
+"""A discriminator on disk: a folder beside the model that it judged, for fine-tuning."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
 from torch import nn
 
 from taming.artifact import load_artifact, load_state, save_artifact
 from taming.config import Config, build_config
 from taming.errors import ArtifactError
-from taming.gan.patchgan import PatchGAN, PatchGANConfig
-from taming.gan.stylegan import StyleGANConfig, StyleGANDiscriminator
+from taming.gan.discriminators import DiscriminatorConfig
 
 ARTIFACT_KIND, FOLDER = "discriminator", "discriminator"
 """What config.json calls a saved discriminator, and its folder beside the model that it judged."""
 
-DiscriminatorConfig = Annotated[PatchGANConfig | StyleGANConfig, Field(discriminator="kind")]
-
 
 class _Saved(Config):
     network: DiscriminatorConfig
-
-
-def build_discriminator(config: DiscriminatorConfig, in_channels: int = 3) -> nn.Module:
-    """A fresh network: pictures (B, in_channels, H, W) -> logits (B, 1, ...), positive for real."""
-    match config:
-        case PatchGANConfig():
-            return PatchGAN(config, in_channels)
-        case StyleGANConfig():
-            return StyleGANDiscriminator(config, in_channels)
 
 
 def save_discriminator(folder: Path, config: DiscriminatorConfig, network: nn.Module) -> None:
