@@ -39,9 +39,10 @@ class TokenMLP(nn.Module):
 class TokenBlock(nn.Module):
     """x <- P1 x + a(attention(norm1(x, style))); x <- P2 x + a(mlp(norm2(x, style))).
 
-    P and a are identities unless given; `attention_norm`, where given, is applied to what the attention gives,
-    and `trunk_norm` to x between the two, so that both the branch and the shortcut after it see its result. Probes find the shortcut of a half as the output
-    of skip1 or skip2, and its branch as that of act1 or act2.
+    P and a are identities unless given. Where given, `attention_norm` is applied to what the attention gives,
+    and `trunk_norm` to x between the two halves, so that both the branch and the shortcut after it see its
+    result. Probes find the shortcut of a half as the output of skip1 or skip2, and its branch as that of act1
+    or act2.
     """
 
     def __init__(
