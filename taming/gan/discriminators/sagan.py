@@ -25,8 +25,8 @@ PUBLISHED_BLOCKS = {
     128: ((1, 2, 4, 8, 16, 16), 5),
     256: ((1, 2, 4, 8, 8, 16, 16), 6),
 }
-"""Side of the pictures -> widths of the blocks in multiples of `channels`, and how many halve the map. Those for
-8 and 16 px are ours; 256 mirrors the generator."""
+"""Side of the pictures -> widths of the blocks in multiples of `channels`, and how many halve the map. Those
+for 8 and 16 px are ours; 256 mirrors the generator."""
 
 
 class SAGANDiscriminatorConfig(Config):
@@ -52,8 +52,8 @@ class SAGANDiscriminatorConfig(Config):
         multipliers, halvings = self.blocks(height, width)
         if not multipliers or min(multipliers) < 1 or halvings > len(multipliers):
             return (
-                f"multipliers {list(multipliers)} with num_halvings {halvings}: give one or more multipliers, "
-                "each at least 1, and no more halvings than those"
+                f"multipliers {list(multipliers)} with num_halvings {halvings}: give one or more "
+                "multipliers, each at least 1, and no more halvings than those"
             )
         if side < 2**halvings:
             return (

@@ -57,7 +57,8 @@ class SAGANGeneratorConfig(Config):
             if height % factor or width % factor:
                 return (
                     f"pictures of {height}x{width} are not divisible by {factor}, which "
-                    f"{len(self.multipliers)} multipliers double to; give fewer, or pictures of a multiple of {factor}"
+                    f"{len(self.multipliers)} multipliers double to; give fewer, or pictures of a "
+                    f"multiple of {factor}"
                 )
         doublings = self.doublings(height, width)
         if doublings == 0 or (self.multipliers is None and doublings not in PUBLISHED_MULTIPLIERS):
