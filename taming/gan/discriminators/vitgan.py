@@ -1,8 +1,8 @@
 """ViTGAN's discriminator (Lee et al. 2021, arXiv:2107.04589): a vision transformer that is held back.
 
-A plain vision transformer outlearns its generator. Overlapping patches, attention by distances (Kim et al. 2021,
-arXiv:2006.04710) and weights whose spectral norm stays what it was at the start keep its answers smooth; a
-penalty on its gradient (R1) is reported to harm it.
+A plain vision transformer outlearns its generator. Overlapping patches, attention by distances (Kim et al.
+2021, arXiv:2006.04710) and weights whose spectral norm stays what it was at the start keep its answers
+smooth; a penalty on its gradient (R1) is reported to harm it.
 
 Axes: B pictures, C channels, H W pixels, P patch size, N tokens, D width.
 """
@@ -37,8 +37,8 @@ class ViTGANDiscriminatorConfig(Config):
     overlap: int | None = Field(default=None, ge=0)
     """Pixels that a token sees beyond each side of its patch; None: half of the patch."""
     scores: Literal["l2_tied", "l2_kim", "dot"] = "l2_tied"
-    """Attention by distances with one projection for queries and keys, as published; in Kim's form, the only one
-    that is Lipschitz for any input; or by dot products."""
+    """Attention by distances with one projection for queries and keys, as published; in Kim's form, the only
+    one that is Lipschitz for any input; or by dot products."""
     linear: LinearKind = "improved_spectral"
     """Of every projection. improved_spectral: the spectral norm of the start stays; spectral: it is one."""
 

@@ -1,9 +1,10 @@
 """ViTGAN's generator (Lee et al. 2021, arXiv:2107.04589): a transformer over the patches of the picture.
 
-    w = mapping(z);  h = E_pos;  h = MSA(SLN(h, w)) + h;  h = MLP(SLN(h, w)) + h;  patch_i = f(E_fou, SLN(h, w)_i)
+    w = mapping(z);  h = E_pos;  h = MSA(SLN(h, w)) + h;  h = MLP(SLN(h, w)) + h
+    patch_i = f(E_fou, SLN(h, w)_i)
 
-Noise reaches the picture through the self-modulated layer norms alone. In stage one the latents enter as tokens,
-h = E_pos + latents, and w is a function of their mean.
+Noise reaches the picture through the self-modulated layer norms alone. In stage one the latents enter as
+tokens, h = E_pos + latents, and w is a function of their mean.
 
 Axes: B pictures, Z noise, C channels, N tokens (a grid h w of cells), D width, S style, P patch size.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -23,13 +23,12 @@ from taming.gan.generator import Generator, Painted, StemOutput, Trunk
 from taming.gan.generators.mapping import MappingNetwork
 from taming.gan.generators.patch_heads import ConvolutionalPatchHead, ImplicitPatchHead, PatchHead
 from taming.layers.coordinates import CoordinateEncoding
-from taming.layers.linears import LinearKind
 from taming.layers.modulation import SelfModulatedLayerNorm
 from taming.layers.token_attention import MultiHeadAttention
 from taming.layers.token_block import TokenBlock, TokenMLP
 
-LARGEST_IMPLICIT_PATCH = 8
-"""From P = 16 on each token would have to hold 256 pixels or more, without a look at its neighbours."""
+LARGEST_IMPLICIT_PATCH = 15
+"""From P = 16 on a token would have to hold 256 pixels or more, without a look at its neighbours."""
 
 
 class ViTGANGeneratorConfig(Config):
@@ -49,8 +48,8 @@ class ViTGANGeneratorConfig(Config):
     mapping_layers: int = Field(default=2, ge=1)
     """Unpublished; two as StyleGAN2-ADA has at this size."""
     head: Literal["auto", "implicit", "convolutional"] = "auto"
-    """Tokens to pixels: a function of the place within the patch, or StyleGAN2's modulated convolutions, which
-    the authors recommend where convergence should be quick. auto: implicit for patches of less than 16."""
+    """Tokens to pixels: a function of the place within the patch, or StyleGAN2's modulated convolutions,
+    which the authors recommend where convergence should be quick. auto: implicit for P < 16."""
     implicit_width: int | None = Field(default=None, ge=1)
     """Of the implicit function; None: that of the transformer."""
     convolution_channels: int = Field(default=64, ge=1)
@@ -199,8 +198,8 @@ def _patch_size(config: ViTGANGeneratorConfig, start: tuple[int, int], size: tup
     rows, columns = size[0] // start[0], size[1] // start[1]
     if (start[0] * rows, start[1] * columns) != size or rows != columns:
         raise ConfigError(
-            f"generator vitgan: a map of {start[0]}x{start[1]} does not divide pictures of {size[0]}x{size[1]} "
-            "into square patches; choose sizes with one ratio"
+            f"generator vitgan: a map of {start[0]}x{start[1]} does not divide pictures of "
+            f"{size[0]}x{size[1]} into square patches; choose sizes with one ratio"
         )
     if (reason := config._unsuited_patch(rows)) is not None:
         raise ConfigError(f"generator vitgan: a patch of {reason}")
