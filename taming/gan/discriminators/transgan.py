@@ -49,28 +49,29 @@ class TransGANDiscriminatorConfig(Config):
     mlp_ratio: int = Field(4, ge=1)
     norm: Literal["layer", "pixel"] = "layer"
     relative_bias: bool = True
-    """A learned bias for each distance between two tokens, in the scales' blocks; false as first published."""
+    """A learned bias for each offset of two tokens in the scales' blocks; false as first published."""
     window: int | None = Field(16, ge=1)
-    """Cells a side of the windows of all blocks but the last of scales of `window_from` cells a side or more."""
+    """Cells a side of the windows in which all blocks but the last of a scale attend, where it has
+    `window_from` cells a side or more; null: none has windows."""
     window_from: int = Field(64, ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> TransGANDiscriminatorConfig:
         if len(self.depths) != len(self.patch_widths) or min(self.depths) < 0:
             raise ValueError(
-                f"depths {self.depths} does not fit patch_widths {self.patch_widths}: give one depth of 0 or more "
-                "a scale"
+                f"depths {self.depths} does not fit patch_widths {self.patch_widths}: give one depth of 0 or "
+                "more a scale"
             )
         if min(self.patch_widths) < 1:
             raise ValueError(f"patch_widths {self.patch_widths} must be 1 or more each")
         for width, depth in zip(self.widths, self.depths, strict=True):
             if width % self.num_heads and (depth or width == self.widths[-1]):
                 raise ValueError(
-                    f"patch_widths {self.patch_widths}: tokens of width {width} are not divisible by num_heads "
-                    f"{self.num_heads}; use fewer heads or another width"
+                    f"patch_widths {self.patch_widths}: tokens of width {width} are not divisible by "
+                    f"num_heads {self.num_heads}; use fewer heads or another width"
                 )
         if self.head == "class_token" and not self.head_depth:
-            raise ValueError("head_depth 0: the class token would meet no other; use 1 or more, or head: tokens")
+            raise ValueError("head_depth 0: the class token meets no other; use 1 or more, or head: tokens")
         return self
 
     @property
@@ -88,8 +89,8 @@ class TransGANDiscriminatorConfig(Config):
         coarsest = self.patch_size << (len(self.patch_widths) - 1)
         if height % coarsest or width % coarsest:
             return (
-                f"transgan's discriminator cuts pictures into patches of {coarsest} pixels, which {height}x{width} "
-                "is not divisible by; use another size, patch_size or number of patch_widths"
+                f"transgan's discriminator cuts pictures into patches of {coarsest} pixels, which "
+                f"{height}x{width} is not divisible by; use another size, patch_size or fewer patch_widths"
             )
         for h, w in self.grids(height, width):
             window = self.window_of((h, w))
@@ -151,9 +152,7 @@ class TransGANDiscriminator(nn.Module):
 class Scale(nn.Module):
     """Patches of one size joined to the pooled tokens of the scale before, their position, and blocks."""
 
-    def __init__(
-        self, config: TransGANDiscriminatorConfig, index: int, in_channels: int, grid: Grid
-    ) -> None:
+    def __init__(self, config: TransGANDiscriminatorConfig, index: int, in_channels: int, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         patch, width = config.patch_size << index, config.widths[index]

@@ -1,8 +1,8 @@
 """TransGAN's generator (Jiang et al. 2021, arXiv:2102.07074): transformers alone, from 8x8 tokens to pixels.
 
 One family for the paper as first published (learned positions alone, locality-aware initialisation,
-super-resolution co-training) and for its code as released (relative position bias, windows from 64x64 on, noise a
-token). The papers know no classes: here a class's embedding is added to the noise.
+super-resolution co-training) and for its code as released (relative position bias, windows from 64x64 on,
+noise a token). The papers know no classes: here a class's embedding is added to the noise.
 
 Axes: B pictures, Z noise, N tokens of a grid h w, D width, C channels, H W pixels.
 """
@@ -36,17 +36,17 @@ class TransGANGeneratorConfig(Config):
     kind: Literal["transgan"] = "transgan"
     noise_dim: int = Field(256, ge=1)
     widths: tuple[int, ...] = Field((1024, 256, 64), min_length=1)
-    """Of each stage; the last one's tokens are pixels, and each before has half the cells a side. From one stage
-    to the next a quarter of the width is left (pixel shuffle), or all of it (bicubic, as at 256x256)."""
+    """Of each stage; the last one's tokens are pixels, and each before has half the cells a side. From one to
+    the next a quarter of the width is left (pixel shuffle), or all of it (bicubic, as at 256x256)."""
     depths: tuple[int, ...] = (5, 4, 2)
     """Blocks of each stage."""
     num_heads: int = Field(4, ge=1)
     mlp_ratio: int = Field(4, ge=1)
     norm: Literal["layer", "pixel"] = "layer"
     relative_bias: bool = True
-    """A learned bias for each distance between two tokens; false as first published."""
+    """A learned bias for each offset of two tokens; false as first published."""
     window: int | None = Field(16, ge=1)
-    """Cells a side of the windows of the stages of `window_from` cells a side or more; null: none has windows."""
+    """Cells a side of the windows in which stages of `window_from` cells a side or more attend."""
     window_from: int = Field(64, ge=1)
     token_noise: bool = True
     """One random number a token before each attention, of learned strength from 0."""
@@ -225,7 +225,7 @@ class Stage(nn.Module):
 
 
 class TransGANStem(nn.Module):
-    """Noise (B, Z), and a class's embedding added to it, through one dense layer to the first stage's tokens."""
+    """Noise (B, Z), a class's embedding added to it, through one dense layer to the first stage's tokens."""
 
     def __init__(self, noise_dim: int, width: int, grid: Grid, num_classes: int | None) -> None:
         super().__init__()
@@ -263,10 +263,10 @@ class TransGANGenerator(Generator):
         return 2 * self.trunk.start[0], 2 * self.trunk.start[1]
 
     def super_resolve(self, low: Tensor) -> Tensor:
-        """Real pictures at low resolution (B, C, h, w) -> (B, C, H, W), through the second stage and those after.
+        """Real pictures at low resolution (B, C, h, w) -> (B, C, H, W), by the stages from the second on.
 
-        The paper's co-training asks for the real pictures (mean squared error, weight 50). How they enter is not
-        published: here each pixel goes through a dense layer in the second stage's input's place.
+        The co-training asks for the real pictures at full resolution (mean squared error, weight 50). How the
+        low ones enter is not published: here a dense layer makes each pixel a token of the second stage.
         Raises ConfigError where the config has no `super_resolution`.
         """
         if self.from_low is None:
@@ -299,7 +299,7 @@ def _stages_between(config: TransGANGeneratorConfig, start: Grid, size: Grid) ->
         )
     if wanted[0] >= len(config.widths):
         raise ConfigError(
-            f"transgan has {len(config.widths)} widths, and {start[0]}x{start[1]} cells to {size[0]}x{size[1]} "
-            f"pixels takes {wanted[0] + 1}; give more widths and depths"
+            f"transgan has {len(config.widths)} widths, and {start[0]}x{start[1]} cells to "
+            f"{size[0]}x{size[1]} pixels takes {wanted[0] + 1}; give more widths and depths"
         )
     return wanted[0] + 1
