@@ -36,8 +36,8 @@ class SelfModulatedLayerNorm(nn.Module):
 class TokenAdaIN(nn.Module):
     """AdaIN-T: (1 + gamma(w)) (x - mean) / deviation + beta(w), of each channel over a picture's tokens.
 
-    STransGAN's (Xu et al. 2021, arXiv:2110.13107), after Huang and Belongie 2017 (arXiv:1703.06868). How large
-    a channel was on average is forgotten: the style alone decides it.
+    STransGAN's (Xu et al. 2021, arXiv:2110.13107), after Huang and Belongie 2017 (arXiv:1703.06868). How
+    large a channel was on average is forgotten: the style alone decides it.
     """
 
     def __init__(

@@ -111,7 +111,10 @@ class MultiHeadAttention(nn.Module):
 
     def _bias(self, grid: Grid | None) -> Tensor | None:
         """(H, n, n), or None."""
-        return None if self.relative is None else self.relative()
+        if self.relative is None:
+            return None
+        bias: Tensor = self.relative(None if self._windowed(grid) else grid)
+        return bias
 
     def _attend(self, x: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         query, key, value = self._projections(x)
@@ -164,11 +167,13 @@ class RelativeBias(nn.Module):
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(offsets, num_heads), std=0.02))
 
-    def forward(self) -> Tensor:
-        """(H, n, n) for the n cells of the grid in raster order."""
-        height, width = self.grid
+    def forward(self, grid: Grid | None = None) -> Tensor:
+        """(H, n, n) for the n cells, in raster order, of a grid within that built for (None: that one)."""
+        height, width = grid or self.grid
+        known = height <= self.grid[0], width <= self.grid[1]
+        assert all(known), f"a bias for {self.grid} lacks offsets of the cells of {grid}"
         cell = torch.arange(height * width, device=self.table.device)
         row, column = cell // width, cell % width
-        down = row[:, None] - row[None, :] + height - 1
-        right = column[:, None] - column[None, :] + width - 1
-        return rearrange(self.table[down * (2 * width - 1) + right], "i j h -> h i j")
+        down = row[:, None] - row[None, :] + self.grid[0] - 1
+        right = column[:, None] - column[None, :] + self.grid[1] - 1
+        return rearrange(self.table[down * (2 * self.grid[1] - 1) + right], "i j h -> h i j")

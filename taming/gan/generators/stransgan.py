@@ -10,6 +10,7 @@ Axes: B pictures, Z noise, N tokens of a map (h w), D width, S style, C channels
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -62,11 +63,15 @@ class STransGANGeneratorConfig(Config):
     def _check(self) -> Self:
         if len(self.widths) != len(self.depths):
             raise ValueError(
-                f"{len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage, from 4x4 on"
+                f"{len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage"
             )
         for width in self.widths:
             if width < 1 or width % self.num_heads:
                 raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
+        if self.windowed_from < self.window:
+            raise ValueError(
+                f"maps from {self.windowed_from} on have no windows of {self.window}; raise windowed_from"
+            )
         if any(depth < 1 for depth in self.depths):
             raise ValueError(f"depths {self.depths}: each stage has at least one block")
         return self
@@ -93,7 +98,7 @@ def stage_of(grid: tuple[int, int]) -> int:
 def generator(
     config: STransGANGeneratorConfig, size: tuple[int, int], channels: int, num_classes: int | None
 ) -> Generator:
-    """Noise -> 4x4 tokens -> pictures (B, channels, *size). Raises ConfigError for other than 4 * 2^k squares."""
+    """Noise -> pictures (B, channels, *size). Raises ConfigError unless that is 4 * 2^k squared."""
     style_dim = None if num_classes is None else config.noise_dim + config.class_dim
     start = (SMALLEST, SMALLEST)
     built = STransGANTrunk(config, start, size, channels, style_dim)
@@ -152,21 +157,30 @@ class STransGANTrunk(Trunk):
         factor = max(1, size[0] // start[0])
         if (start[0] * factor, start[1] * factor) != size or factor & (factor - 1):
             raise ConfigError(
-                f"STransGAN doubles maps: from {start[0]}x{start[1]} it paints "
-                f"{start[0] * factor}x{start[1] * factor} or other powers of two times it, not {size[0]}x{size[1]}"
+                f"STransGAN doubles maps: from {start[0]}x{start[1]} it cannot paint {size[0]}x{size[1]}, "
+                "which is not a power of two times as large"
             )
         first = stage_of(start)
         widths = config.widths[first : first + factor.bit_length()]
         depths = config.depths[first : first + factor.bit_length()]
         super().__init__(widths[0], start, size)
-        self.style_dim, self.factor = style_dim, factor
+        self.style_dim = style_dim
         self.stages = nn.ModuleList(
             Stage(config, (start[0] * 2**i, start[1] * 2**i), width, depth, style_dim)
             for i, (width, depth) in enumerate(zip(widths, depths, strict=True))
         )
+        # Windows of the first stage that has them must divide its map, and then divide all that follow.
+        windowed = [2**i for i in range(len(widths)) if min(start) * 2**i >= config.windowed_from]
+        window = math.lcm(windowed[0], config.window) // windowed[0] if windowed else 1
+        self.step = window * factor
+        if size[0] % self.step or size[1] % self.step:
+            raise ConfigError(
+                f"windows of {config.window} cells do not divide the maps on the way to {size[0]}x{size[1]}; "
+                f"choose sides that {self.step} divides, or another window"
+            )
         self.widen = nn.ModuleList(_dense(narrow, wide) for narrow, wide in pairwise(widths))
         self.norm = TokenLayerNorm(widths[-1])
-        self.to_rgb = _dense(widths[-1], channels)
+        self.to_rgb = _dense(widths[-1], channels, deviation=0.5)
 
     def forward(self, features: Tensor, style: Tensor | None = None) -> Painted:
         assert (style is None) == (self.style_dim is None), "a style for modulated blocks, and for no others"
@@ -184,18 +198,18 @@ class STransGANTrunk(Trunk):
     def paint(self, *features: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, C, H, W)."""
         (last,) = features
-        weight, bias = self.to_rgb.weight, self.to_rgb.bias
-        return F.conv2d(last, weight[:, :, None, None], bias)
+        return F.conv2d(last, self.to_rgb.weight[:, :, None, None], self.to_rgb.bias)
 
     @property
     def last_layer(self) -> nn.Parameter:
+        assert isinstance(self.to_rgb.weight, nn.Parameter)
         return self.to_rgb.weight
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises UserError for sides that are not multiples of the factor by which it enlarges."""
-        if height % self.factor or width % self.factor or not (height and width):
+        """Raises UserError for sides that are no multiples of what its doublings and windows take."""
+        if min(height, width) < 1 or height % self.step or width % self.step:
             raise UserError(
-                f"this STransGAN enlarges maps {self.factor} times: {height}x{width} are no multiples of it"
+                f"this STransGAN paints pictures with sides that {self.step} divides, not {height}x{width}"
             )
 
 
@@ -282,9 +296,9 @@ def _style_norm(config: STransGANGeneratorConfig, width: int, style_dim: int) ->
     return SelfModulatedLayerNorm(width, style_dim)
 
 
-def _dense(in_features: int, out_features: int) -> nn.Linear:
-    """A dense layer that keeps deviations at the start."""
+def _dense(in_features: int, out_features: int, deviation: float = 1.0) -> nn.Linear:
+    """A dense layer whose outputs have this deviation at the start, for inputs of deviation one."""
     linear = nn.Linear(in_features, out_features)
-    nn.init.xavier_normal_(linear.weight)
+    nn.init.normal_(linear.weight, std=deviation * in_features**-0.5)
     nn.init.zeros_(linear.bias)
     return linear
