@@ -8,7 +8,7 @@ axes).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +42,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("initial", largest)
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with _full_precision(weight.device.type):
             matrix = weight.flatten(1)
             if self.training:
                 self._iterate(matrix.detach())
@@ -63,6 +63,13 @@ class SpectralNorm(nn.Module):
     def _iterate(self, matrix: Tensor) -> None:
         self._u.copy_(F.normalize(matrix @ self._v, dim=0, eps=EPS))
         self._v.copy_(F.normalize(matrix.t() @ self._u, dim=0, eps=EPS))
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    # Models are first built on the device `meta`, which knows no autocast.
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def spectral_norm(module: Module, name: str = "weight", *, keep_initial: bool = False) -> Module:
