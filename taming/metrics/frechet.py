@@ -27,6 +27,17 @@ class FeatureMoments:
         self._sum += rows.sum(0)
         self._products.addmm_(rows.t(), rows)
 
+    def packed(self) -> Tensor:
+        """(1 + D + D * D,) float64: count, sum and products, to be added to those of other processes."""
+        return torch.cat((self._sum.new_tensor([self.count]), self._sum, self._products.flatten()))
+
+    def merge(self, packed: Tensor) -> None:
+        """Count what another `packed` has counted."""
+        count, total, products = packed.split((1, self._sum.numel(), self._products.numel()))
+        self.count += int(count)
+        self._sum += total
+        self._products += products.view_as(self._products)
+
     @property
     def mean(self) -> Tensor:
         return self._sum / self.count
