@@ -6,21 +6,17 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from taming.config import Config
-from taming.gan.augment import Augmentation
+from taming.gan.critic_config import CriticConfig
 from taming.gan.discriminators import DiscriminatorConfig
 from taming.gan.discriminators.patchgan import PatchGANConfig
-from taming.gan.losses import AdversarialLoss
-from taming.gan.regularisers import LeCamConfig, R1Config
 from taming.training.guard import GuardConfig
 from taming.training.plateau import PlateauConfig
 
 
-class AdversarialConfig(Config):
+class AdversarialConfig(CriticConfig):
     """The second player, and when it plays."""
 
     network: DiscriminatorConfig = PatchGANConfig()
-    loss: AdversarialLoss = "hinge"
     weight: float = Field(default=0.8, ge=0)
     weight_mode: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: times the ratio of both losses' gradients at the decoder's last layer."""
@@ -34,13 +30,6 @@ class AdversarialConfig(Config):
     """Steps over which that judgement then grows to its full weight."""
     learning_rate_ratio: float = Field(default=1.0, gt=0)
     """Its learning rate as a multiple of the autoencoder's."""
-    augment: tuple[Augmentation, ...] = ()
-    """What is done at random to the pictures that it sees, and only to those: with few training pictures it
-    would otherwise know them by heart."""
-    r1: R1Config | None = None
-    """Gradient penalty on real pictures; null: none."""
-    lecam: LeCamConfig | None = None
-    """Pull of the logits towards each other's running means, for few training pictures; null: none."""
     guard: GuardConfig | None = GuardConfig()
     """Goes back to a healthy state where the judgement has ruined the reconstruction; null: never."""
 

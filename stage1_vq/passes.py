@@ -8,6 +8,9 @@ micro-batches is only known once all of them were judged: then a first pass, whi
 last one's, judges, and a second one repeats the forward of the others and goes back. That takes less than
 two backward passes for each would, and no second set of gradients.
 
+Spectral norms of the decoder take one step of their power iteration a step, like the weights, and not one a
+forward: all micro-batches meet the same. A repeated forward counts in no running statistic.
+
 Axes: B pictures of a micro-batch, C channels, H W pixels, K codes.
 """
 
@@ -25,7 +28,9 @@ from stage1_vq.adversary import Adversary, Judgement
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.loss import blind_error, reconstruction_loss
 from stage1_vq.model import VQModel, VQOutput
-from taming.gan.augment import View
+from taming.gan.critic import Look
+from taming.gan.forward_state import ForwardState
+from taming.layers.spectral_norm import Directions
 from taming.metrics.codebook import count_codes
 from taming.training.distributed import reduced_if
 
@@ -52,7 +57,7 @@ class _Verdict:
     wanted: Tensor
     """(B, C, H, W): the gradient there of all losses but the adversarial one."""
     judgement: Judgement | None
-    view: View | None
+    look: Look | None
     logs: dict[str, Tensor]
     counts: Tensor
 
@@ -85,6 +90,7 @@ class Passes:
 
         `blind`: the log is to have the error of painting each picture in its mean colour.
         """
+        self._directions = Directions(self.model.decoder)
         if adversary is not None and len(inputs) > 1 and adversary.balances(step):
             return self._in_two_passes(inputs, step, adversary, blind)
         return self._in_one_pass(inputs, step, adversary, blind)
@@ -126,15 +132,19 @@ class Passes:
             verdict.logs["adaptive_weight"] = weight
             with reduced_if(last, self.accelerator, self.autoencoder):
                 if number != end:
+                    counted = ForwardState(self.model.decoder)
                     with draws[number].again(), self.model.quantize.unobserved():
                         output = self._forward(inputs[number])
                 fake = self._go_back(output, verdict.gradient(factor), share)
+            if number != end:
+                counted.restore()
             del output
             self._teach(adversary, inputs[number], fake, step, share, verdict, last)
             seen.add(verdict.logs, verdict.counts, share)
         return seen
 
     def _forward(self, images: Tensor) -> VQOutput:
+        self._directions.turn_back()
         with self.accelerator.autocast():
             output: VQOutput = self.autoencoder(images)
         return output
@@ -158,22 +168,22 @@ class Passes:
         logs = {"nll": loss.total.detach(), **loss.terms, "codebook": output.quantizer.loss.detach()}
         if blind:
             logs["blind"] = blind_error(images, self.config.loss)
-        judgement = view = None
+        judgement = look = None
         if adversary is not None:
             rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-            view = adversary.view(
+            look = adversary.critic.look(
                 images,
                 self.config.training.seed,
                 step,
                 first=(rank * micro_batches + number) * len(images),
                 in_all=processes * micro_batches * len(images),
             )
-            judgement = adversary.judge(picture, wanted, output.features, self.model.decoder, step, view)
+            judgement = adversary.judge(picture, wanted, output.features, self.model.decoder, step, look.view)
             if judgement is not None:
                 logs["adversarial"] = judgement.loss
         logs |= {name: value for name, value in output.quantizer.terms.items() if name not in logs}
         counts = count_codes(output.quantizer.indices, self.model.quantize.codebook_size)
-        return _Verdict(wanted, judgement, view, logs, counts)
+        return _Verdict(wanted, judgement, look, logs, counts)
 
     def _go_back(self, output: VQOutput, gradient: Tensor, share: float) -> Tensor:
         """Add gradients of the autoencoder, so that its picture follows `gradient`; the picture, detached."""
@@ -193,8 +203,9 @@ class Passes:
         last: bool,
     ) -> None:
         if adversary is not None:
-            assert verdict.view is not None
-            verdict.logs.update(adversary.teach(images, fake, step, share, verdict.view, last=last))
+            assert verdict.look is not None
+            taught = adversary.critic.teach(images, fake, step, share, verdict.look, last=last)
+            verdict.logs.update(taught)
 
 
 class _Draws:

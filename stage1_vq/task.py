@@ -24,6 +24,7 @@ from stage1_vq.optimizers import adam, autoencoder_optimizers
 from stage1_vq.passes import Passes
 from stage1_vq.quantizers.health import FirstLatents
 from taming.errors import UserError
+from taming.gan.forward_state import ForwardState
 from taming.metrics.codebook import perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
 from taming.training.ema import Ema
@@ -44,8 +45,12 @@ class VQTask:
         self.config = config
         self._notes: list[str] = []
         self.model = VQModel(config.model)
+        self._decoder_is_trained = False
         if config.init_from is not None:
-            start_from(self.model, config.init_from)
+            note = start_from(self.model, config.init_from, another_decoder=config.train_only == "decoder")
+            self._decoder_is_trained = note is None
+            if note is not None:
+                self._notes.append(note)
         if config.train_only == "decoder":
             hold_codes(self.model)
         self.alarm: CodebookAlarm | None = None
@@ -56,7 +61,9 @@ class VQTask:
             )
         self.adversary: Adversary | None = None
         if config.discriminator is not None:
-            self.adversary = Adversary(config.discriminator, config.model.in_channels, self._notes)
+            self.adversary = Adversary(
+                config.discriminator, config.model.in_channels, config.data.height_width, self._notes
+            )
             if config.init_from is not None:
                 self.adversary.start_from(config.init_from)
         self.perceptual = perceptual
@@ -99,6 +106,12 @@ class VQTask:
         else:
             self.model.train()
             self.model.quantize.before_step(step, self.total_steps)
+        # What a decoder begins with and then leaves behind, one that was trained has left behind.
+        progress = 1.0 if self._decoder_is_trained else step / self.total_steps
+        for model in (self.model, self.ema.module) if self.ema is not None else (self.model,):
+            assert isinstance(model, VQModel)
+            model.decoder.before_step(progress)
+        self._before = ForwardState(self.model.decoder)
         rate = learning_rate(self.config.optimizer, step, self.total_steps)
         for optimizer in self._optimizers.values():
             set_learning_rate(optimizer, rate)
@@ -114,7 +127,7 @@ class VQTask:
         own = {"model": self._own_gradients.take()}
         if adversary is not None:
             players["discriminator"] = adversary.discriminator
-            own["discriminator"] = adversary.own_gradients.take()
+            own["discriminator"] = adversary.critic.own_gradients.take()
         norms = {name: gradient_norm(player.parameters()) for name, player in players.items()}
         known = {name: total for name, total in own.items() if total is not None}
         values = exchange(seen.logs, norms, known, seen.counts)
@@ -131,7 +144,7 @@ class VQTask:
         if self.config.train_only is None:
             self.model.quantize.after_step()
         if adversary is not None:
-            adversary.optimizer.step()
+            adversary.critic.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
         return self._end_step(step, values, norms)
@@ -156,8 +169,9 @@ class VQTask:
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self.model.quantize.forget_step()
+        self._before.restore()
         if adversary is not None:
-            adversary.undo_step()
+            adversary.critic.undo_step()
         guard = self.guard
         can_go_back = guard is not None and guard.active and guard.counts(step)
         if guard is not None and can_go_back and self.nonfinite.policy == "stop":
@@ -219,7 +233,7 @@ class VQTask:
         """The optimisers of the players."""
         optimizers = dict(self._optimizers)
         if self.adversary is not None:
-            optimizers["discriminator"] = self.adversary.optimizer
+            optimizers["discriminator"] = self.adversary.critic.optimizer
         return optimizers
 
     def save_model(self, folder: Path) -> None:

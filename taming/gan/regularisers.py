@@ -9,7 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from taming.collective import mean_over_processes
 from taming.config import Config
+from taming.gan.augment import AugmentConfig
 
 
 class R1Config(Config):
@@ -37,15 +39,53 @@ class LeCamConfig(Config):
     """Of the running means of the logits, a step."""
 
 
+class GradientPenaltyConfig(Config):
+    """Pull of the gradient to length one between real and fake (Gulrajani et al. 2017, arXiv:1704.00028)."""
+
+    weight: float = Field(default=10.0, gt=0)
+
+
+class ConsistencyConfig(Config):
+    """Balanced consistency, bCR (Zhao et al. 2020, arXiv:2002.04724): logits ought not to change with a
+    view."""
+
+    real: float = Field(default=10.0, ge=0)
+    """Weight of the term of real pictures."""
+    fake: float = Field(default=10.0, ge=0)
+    augment: AugmentConfig = AugmentConfig(policy=("translation", "cutout"))
+
+
 def gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
     """Mean over pictures of |d D / d picture|^2, (); D is the mean of a picture's logits (B, 1, ...).
 
     `pictures` (B, C, H, W) is the leaf that the logits were computed from. The result is differentiable.
     """
-    # Pictures of a batch meet in batch statistics only: the gradient of the sum is each one's own.
-    per_picture = logits.float().flatten(1).mean(1)
-    (gradient,) = torch.autograd.grad(per_picture.sum(), pictures, create_graph=True)
-    return gradient.float().square().flatten(1).sum(1).mean()
+    return _gradient_squares(logits, pictures).mean()
+
+
+def unit_gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
+    """Mean over pictures of (|d D / d picture| - 1)^2, (): as `gradient_penalty`, but two-sided about one."""
+    return (_gradient_squares(logits, pictures) + 1e-12).sqrt().sub(1).square().mean()
+
+
+def interpolate(real: Tensor, fake: Tensor, shares: Tensor) -> Tensor:
+    """Pictures on the lines between pairs: share (B,) of real plus the rest of fake, both (B, C, H, W)."""
+    return torch.lerp(fake, real, shares.to(real)[:, None, None, None])
+
+
+def drift(logits_real: Tensor) -> Tensor:
+    """(E D(real))^2, () (Karras et al. 2018, arXiv:1710.10196, A.1, have E of the square; TransGAN has this).
+
+    Its mean over processes, and so its gradient, is that of all processes' pictures.
+    """
+    own = logits_real.mean()
+    whole = mean_over_processes(own.detach())
+    return whole * (2 * own - whole)
+
+
+def inconsistency(logits: Tensor, logits_of_view: Tensor) -> Tensor:
+    """Mean squared difference, (), of logits of one shape."""
+    return (logits - logits_of_view).square().mean()
 
 
 class LeCam(nn.Module):
@@ -76,3 +116,11 @@ class LeCam(nn.Module):
         decay = torch.where(self.steps > 0, self.config.decay, 0.0)
         self.means.copy_(decay * self.means + (1 - decay) * current)
         self.steps.add_(1)
+
+
+def _gradient_squares(logits: Tensor, pictures: Tensor) -> Tensor:
+    """|d D / d picture|^2 of each picture, (B,), differentiable."""
+    # Pictures of a batch meet in batch statistics only: the gradient of the sum is each one's own.
+    per_picture = logits.float().flatten(1).mean(1)
+    (gradient,) = torch.autograd.grad(per_picture.sum(), pictures, create_graph=True)
+    return gradient.float().square().flatten(1).sum(1)

@@ -23,7 +23,7 @@ from stage1_vq.task import VQTask
 from stage1_vq.train import check, train
 from taming.config import build_config
 from taming.errors import ArtifactError, ConfigError, UserError
-from taming.gan.augment import draw_view
+from taming.gan.augment import AugmentConfig, draw_view
 from taming.gan.losses import discriminator_loss, generator_loss
 from taming.gan.regularisers import gradient_penalty
 from taming.training import loop
@@ -87,11 +87,11 @@ def test_all_terms_together_are_their_sum(images: Tensor):
         loss="non_saturating", weight=0.5, weight_mode="fixed", augment=["color", "translation", "cutout"],
         r1={"weight": 6, "interval": 3}, lecam={"weight": 0.2},
     )  # fmt: skip
-    task.adversary.lecam.update(torch.tensor(0.3), torch.tensor(-0.2))
+    task.adversary.critic.lecam.update(torch.tensor(0.3), torch.tensor(-0.2))
     model, critic = copy.deepcopy(task.model), copy.deepcopy(task.adversary.discriminator)
     logs = task.train_step([{"image": images}], STEP)
 
-    view = draw_view(("color", "translation", "cutout"), images, step=STEP)
+    view = draw_view(AugmentConfig(policy=("color", "translation", "cutout")), images, step=STEP)
     output = model.train()(images)
     nll = (output.reconstruction - images).abs().mean()
     g_loss = generator_loss(critic(view(output.reconstruction)), "non_saturating")
@@ -113,7 +113,7 @@ def test_all_terms_together_are_their_sum(images: Tensor):
     torch.testing.assert_close(logs["r1"], r1.detach())
     torch.testing.assert_close(logs["lecam"], lecam.detach())
     wanted = 0.99 * torch.tensor([0.3, -0.2]) + 0.01 * torch.stack((logs["logits_real"], logs["logits_fake"]))
-    torch.testing.assert_close(task.adversary.lecam.means, wanted)
+    torch.testing.assert_close(task.adversary.critic.lecam.means, wanted)
 
 
 def test_r1_is_lazy_and_micro_batches_share_it(images: Tensor):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from taming.gan.augment import View, draw_view
+from taming.gan.augment import AugmentConfig, View, draw_view
 
 ALL = ("color", "translation", "cutout")
 
@@ -16,12 +16,12 @@ def pictures(batch: int = 3, height: int = 16, width: int = 24) -> Tensor:
 
 
 def view(policy: tuple[str, ...], draws: list[float]) -> View:
-    return View(policy, torch.tensor([draws]))
+    return View(AugmentConfig(policy=policy), torch.tensor([draws]))
 
 
 def test_nothing_is_the_identity_and_draws_nothing():
     images, before = pictures(), torch.get_rng_state()
-    assert draw_view((), images)(images) is images
+    assert draw_view(AugmentConfig(), images)(images) is images
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -62,10 +62,10 @@ def test_cutout_is_half_of_each_side():
 def test_one_view_is_one_augmentation_and_gradients_pass(policy: tuple[str, ...]):
     torch.manual_seed(0)
     images = pictures().double()
-    look = draw_view(policy, images)
+    look = draw_view(AugmentConfig(policy=policy), images)
     assert torch.equal(look(images), look(images.clone()))
-    assert not torch.equal(draw_view(policy, images, step=1)(images), look(images))
-    rest = draw_view(policy, images[1:], first=1, in_all=3)
+    assert not torch.equal(draw_view(AugmentConfig(policy=policy), images, step=1)(images), look(images))
+    rest = draw_view(AugmentConfig(policy=policy), images[1:], first=1, in_all=3)
     assert torch.equal(rest.draws, look.draws[1:])
     assert look(images).shape == images.shape
     leaf = images[:, :, :6, :6].clone().requires_grad_()
@@ -85,6 +85,6 @@ def test_what_was_cut_out_has_no_gradient():
 def test_the_same_seed_gives_the_same_view():
     images = pictures()
     torch.manual_seed(5)
-    first = draw_view(ALL, images)(images)
+    first = draw_view(AugmentConfig(policy=ALL), images)(images)
     torch.manual_seed(5)
-    assert torch.equal(draw_view(ALL, images)(images), first)
+    assert torch.equal(draw_view(AugmentConfig(policy=ALL), images)(images), first)
