@@ -62,7 +62,10 @@ def reconstruct(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="A new or empty folder for the PNG files.")],
-    size: Annotated[str | None, typer.Option(help="Pixels: 64, or HxW; default: each picture's own.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Pixels: 64, or HxW; default: each picture's own, or the only size it paints."),
+    ] = None,
     tile: Tile = None,
     override: DataOverride = None,
     device: Device = None,
@@ -80,6 +83,10 @@ def reconstruct(
     tokenizer, place = _load(model), pick_device(device)
     tokenizer.to(place)
     frame = None if size is None else parse_size(size)
+    if frame is None:
+        frame = tokenizer.decoder.only_size
+    else:
+        tokenizer.check_painted_size(*frame)
     inputs = numbered_inputs(data, frame, tokenizer.config, override or [])
     empty_folder(out)
     shown: list[torch.Tensor] = []

@@ -11,10 +11,33 @@ from stage1_vq.codebook_alarm import CodebookAlarmConfig
 from stage1_vq.quantizers import NearestConfig, QuantizerConfig
 from taming.config import Config
 from taming.data.config import DataConfig
+from taming.gan.generators import (
+    GeneratorConfig,
+    SAGANGeneratorConfig,
+    STransGANGeneratorConfig,
+    TransGANGeneratorConfig,
+    ViTGANGeneratorConfig,
+)
 from taming.training.config import OptimizerConfig, TrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
 InputKind = Literal["image", "segmentation", "depth", "edges", "condition_image"]
+
+
+class CNNDecoderConfig(Config):
+    """The published decoder, which mirrors the encoder: the model's own keys say how."""
+
+    kind: Literal["cnn"] = "cnn"
+
+
+DecoderConfig = Annotated[
+    CNNDecoderConfig
+    | SAGANGeneratorConfig
+    | TransGANGeneratorConfig
+    | ViTGANGeneratorConfig
+    | STransGANGeneratorConfig,
+    Field(discriminator="kind"),
+]
 
 
 class VQModelConfig(Config):
@@ -25,7 +48,8 @@ class VQModelConfig(Config):
     in_channels: Positive = 3
     """Of segmentation the number of labels; of depth and edges 1."""
     resolution: Positive = 256
-    """The size that `attention_resolutions` refers to; pictures of any other size pass as well."""
+    """The size that `attention_resolutions` refers to; pictures of any other size pass as well, but for
+    decoders that are built for one size, which is this."""
     patch_size: Positive = 1
     """Squares of so many pixels enter as one position (space to depth) and leave as one: with 2 the costly
     full-size layers fall away (docs/log.md has what that gives). 1 is as published."""
@@ -42,6 +66,9 @@ class VQModelConfig(Config):
     recompute: bool = True
     """Keep about half of the tensors for the backward pass and compute the others again."""
     quantizer: QuantizerConfig = NearestConfig()
+    decoder: DecoderConfig = CNNDecoderConfig()
+    """cnn is as published; others are the trunks of GAN systems, without classes. Codes depend on the encoder
+    and the quantizer alone, so that decoders of several kinds can paint the same codes."""
 
     @property
     def downsample_factor(self) -> int:
@@ -67,7 +94,24 @@ class VQModelConfig(Config):
                 f"attention_resolutions {stray[0]} is not the size of a level; with resolution "
                 f"{self.resolution} the levels have {', '.join(map(str, levels))}"
             )
+        if not isinstance(self.decoder, CNNDecoderConfig):
+            self._check_trunk(self.decoder)
         return self
+
+    def _check_trunk(self, decoder: GeneratorConfig) -> None:
+        if self.input == "segmentation":
+            raise ValueError(
+                f"a decoder of kind {decoder.kind} paints pictures, not the logits of labels; set "
+                "decoder.kind to cnn"
+            )
+        if self.resolution % self.downsample_factor:
+            raise ValueError(
+                f"resolution {self.resolution} is not divisible by the downsample factor "
+                f"{self.downsample_factor}, as a decoder of kind {decoder.kind} needs it; use "
+                f"{(self.resolution // self.downsample_factor + 1) * self.downsample_factor}"
+            )
+        if (reason := decoder.unsuited(self.resolution, self.resolution)) is not None:
+            raise ValueError(f"decoder, at resolution {self.resolution}: {reason}")
 
 
 class LossConfig(Config):

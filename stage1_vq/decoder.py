@@ -57,6 +57,9 @@ class Decoder(Painter):
             images = F.pixel_shuffle(images, self.patch_size)
         return images
 
+    only_size: None = None
+    """It paints pictures of any size."""
+
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight of the last convolution."""

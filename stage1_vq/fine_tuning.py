@@ -44,14 +44,26 @@ HEALTH_BUFFERS = {"initialised": 1, "steps_unused": 0, "choice_rate": 1}
 """Buffers that only some options have, and their value in a codebook that is in use."""
 
 
-def start_from(model: VQModel, source: str) -> None:
-    """Give `model` the weights of a saved one. Raises UserError where they would not mean the same."""
+def start_from(model: VQModel, source: str, *, another_decoder: bool = False) -> str | None:
+    """Give `model` the weights of a saved one. Raises UserError where they would not mean the same.
+
+    With `another_decoder` one of another kind or with other settings stays as it is; returns what the user
+    should be told then, None where all weights were taken.
+    """
     start = VQModel.from_pretrained(source)
-    if changed := differences(weight_facts(start.config), weight_facts(model.config)):
-        raise UserError(
-            f"init_from {source} has another model config than this run ({changed}); copy these keys to model"
-        )
+    theirs, ours = (_by_part(weight_facts(config)) for config in (start.config, model.config))
+    keeps_decoder = another_decoder and theirs["decoder"] != ours["decoder"]
+    if keeps_decoder:
+        theirs["decoder"] = ours["decoder"]
+    if changed := differences(theirs["rest"] | theirs["decoder"], ours["rest"] | ours["decoder"]):
+        way = "copy these keys to model"
+        if theirs["decoder"] != ours["decoder"]:
+            way += "; with train_only=decoder, model.decoder may be another"
+        raise UserError(f"init_from {source} has another model config than this run ({changed}); {way}")
     state, own = start.state_dict(), model.state_dict()
+    if keeps_decoder:
+        state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+        state |= {key: value for key, value in own.items() if key.startswith("decoder.")}
     for key in own.keys() ^ state.keys():
         name = key.rpartition(".")[2]
         if name not in HEALTH_BUFFERS:
@@ -60,6 +72,18 @@ def start_from(model: VQModel, source: str) -> None:
         if key in own:
             state[key] = torch.full_like(own[key], HEALTH_BUFFERS[name])
     model.load_state_dict(state)
+    if not keeps_decoder:
+        return None
+    return (
+        f"the decoder of kind {model.config.decoder.kind} starts anew: {source} has one of kind "
+        f"{start.config.decoder.kind} or with other settings"
+    )
+
+
+def _by_part(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What concerns the decoder alone, and the rest."""
+    decoder = {key: value for key, value in facts.items() if key.startswith("decoder.")}
+    return {"decoder": decoder, "rest": {key: facts[key] for key in facts.keys() - decoder.keys()}}
 
 
 def weight_facts(config: VQModelConfig) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage1_vq.config import VQModelConfig
+from stage1_vq.config import CNNDecoderConfig, VQModelConfig
 from stage1_vq.decoder import Decoder
 from stage1_vq.encoder import Encoder
 from stage1_vq.inputs import one_hot
 from stage1_vq.quantizers import build_quantizer
+from stage1_vq.trunk_decoder import TrunkDecoder
 from taming.artifact import content_hash, load_artifact, push_artifact, save_artifact
 from taming.building import build_with
 from taming.config import build_config
@@ -47,12 +48,13 @@ class VQModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = build_decoder(config)
         self.quantize = build_quantizer(config.quantizer)
         self.quant_conv = nn.Conv2d(config.z_channels, self.quantize.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(self.quantize.code_dim, config.z_channels, 1)
         if config.input == "segmentation" and config.in_channels > 1:
             # A label starts out at one pixel in L, not in two: else the first hundreds of steps learn this.
+            assert isinstance(self.decoder, Decoder)
             assert self.decoder.conv_out.bias is not None
             nn.init.constant_(self.decoder.conv_out.bias, -math.log(config.in_channels - 1))
         if config.channels >= CHANNELS_LAST_FROM:
@@ -190,6 +192,11 @@ class VQModel(nn.Module):
                     f"{crop}pad to {above}"
                 )
 
+    def check_painted_size(self, height: int, width: int) -> None:
+        """Raises UserError where `decode` cannot paint pictures of this size; `encode` may take them."""
+        self.check_size(height, width)
+        self.decoder.check_size(height, width)
+
     def check_indices(self, indices: Tensor) -> None:
         """Raises UserError for codes that `decode` cannot paint."""
         if indices.ndim != 3 or indices.dtype not in (torch.int64, torch.int32):
@@ -204,3 +211,10 @@ class VQModel(nn.Module):
         largest = self.quantize.codebook_size - 1
         if low < 0 or high > largest:
             raise UserError(f"codes lie in [{low}, {high}]; this codebook has codes 0 to {largest}")
+        factor = self.config.downsample_factor
+        self.decoder.check_size(indices.shape[1] * factor, indices.shape[2] * factor)
+
+
+def build_decoder(config: VQModelConfig) -> Decoder | TrunkDecoder:
+    """A fresh decoder. Raises ConfigError where its kind does not suit the model's other settings."""
+    return Decoder(config) if isinstance(config.decoder, CNNDecoderConfig) else TrunkDecoder(config)

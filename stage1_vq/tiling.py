@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from stage1_vq.decoder import Decoder
 from stage1_vq.encoder import Level, Middle
 from stage1_vq.model import CHANNELS_LAST_FROM, VQModel
 from stage1_vq.scratch import FeatureMap, Moments, Scratch
@@ -40,8 +41,11 @@ def decode(tokenizer: VQModel, codes: Tensor, *, tile: int | None = None) -> Ten
     """`tokenizer.decode`, in tiles where a picture has more than TILED_ABOVE pixels.
 
     Codes (B, h, w) -> (B, C, h f, w f). `tile` None: as said; 0: never; else always, of that side.
+    Decoders of other kinds than cnn paint pictures as a whole; to ask for tiles raises UserError.
     """
     factor = tokenizer.config.downsample_factor
+    if tile is None and not isinstance(tokenizer.decoder, Decoder):
+        return tokenizer.decode(codes)
     if not in_tiles(codes.shape[-2] * factor, codes.shape[-1] * factor, tile):
         return tokenizer.decode(codes)
     return decode_tiled(tokenizer, codes, tile=tile or TILE_PIXELS)
@@ -70,8 +74,14 @@ def decode_tiled(
     Memory is that of some bands of `tile` x `tile` pixels and the output, which is written to `out` where
     that is given (any device and type). Maps that are larger lie in the folder for temporary files, 1 to
     2 KiB a pixel for 128 channels; with an accelerator, in host memory. Raises UserError for codes that
-    `decode` refuses, and where the disk is too full.
+    `decode` refuses, for decoders of other kinds than cnn, and where the disk is too full.
     """
+    decoder = tokenizer.decoder
+    if not isinstance(decoder, Decoder):
+        raise UserError(
+            f"a decoder of kind {tokenizer.config.decoder.kind} paints pictures as a whole, not in tiles; "
+            "leave the size of tiles out, or give 0"
+        )
     tokenizer.check_indices(codes)
     config = tokenizer.config
     factor, patch = config.downsample_factor, config.patch_size
@@ -79,7 +89,6 @@ def decode_tiled(
     out = torch.empty(shape, device=codes.device) if out is None else out
     if tuple(out.shape) != shape:
         raise UserError(f"out has shape {tuple(out.shape)}; these codes decode to {shape}")
-    decoder = tokenizer.decoder
     for row, picture in zip(codes, out, strict=True):
         with _scratch(tokenizer, tile).until_done() as scratch:
             bands = _Bands(scratch)
@@ -136,7 +145,7 @@ def encode_tiled(tokenizer: VQModel, images: Tensor, *, tile: int = TILE_PIXELS)
 
 
 def _scratch(tokenizer: VQModel, tile: int) -> Scratch:
-    config, weight = tokenizer.config, tokenizer.decoder.conv_in.weight
+    config, weight = tokenizer.config, tokenizer.encoder.conv_in.weight
     return Scratch(
         budget=tile**2 * config.channels,
         dtype=weight.dtype,

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stage1_vq.config import VQTrainConfig
 from stage1_vq.inputs import check_input
-from stage1_vq.model import VQModel
+from stage1_vq.model import VQModel, build_decoder
 from stage1_vq.task import VQTask
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
@@ -72,10 +72,25 @@ def check(config: VQTrainConfig) -> None:
                 f"use {max(pixels // factor, 1) * factor} or {(pixels // factor + 1) * factor}"
             )
     check_input(config.model, config.data.gives)
+    _check_decoder(config)
     if config.discriminator is not None:
         reason = config.discriminator.network.unsuited(*config.data.height_width)
         if reason is not None:
             raise UserError(f"data.size: {reason}")
+
+
+def _check_decoder(config: VQTrainConfig) -> None:
+    """Whether the decoder can be built, and paints pictures of the data's size."""
+    height, width = config.data.height_width
+    with FakeTensorMode():
+        decoder = build_decoder(config.model)
+    if decoder.only_size not in (None, (height, width)):
+        side = config.model.resolution
+        way = f"set data.size={side}" + (f", or model.resolution={height}" if height == width else "")
+        raise UserError(
+            f"data.size: a decoder of kind {config.model.decoder.kind} paints pictures of model.resolution "
+            f"{side}x{side} only, not {height}x{width}; {way}"
+        )
 
 
 def describe(config: VQTrainConfig) -> dict[str, str]:
@@ -87,7 +102,11 @@ def describe(config: VQTrainConfig) -> dict[str, str]:
         model = VQModel(config.model)
         networks: list[torch.nn.Module] = [model]
         if config.discriminator is not None:
-            networks.append(build_discriminator(config.discriminator.network, config.model.in_channels))
+            networks.append(
+                build_discriminator(
+                    config.discriminator.network, config.model.in_channels, size=(height, width)
+                )
+            )
         micro_batch = max(training.batch_size // training.accumulation, 1)
         for network in networks:
             network.eval()  # k-means and revival look at values

@@ -141,7 +141,7 @@ class Editing(ABC):
             raise UserError(
                 f"a frame of {height}x{width} is not larger than the picture of {rows}x{columns} pixels"
             )
-        self.tokenizer.check_size(height, width)
+        self.tokenizer.check_painted_size(height, width)
         top = (height - rows) // 2 // factor * factor if top is None else top
         left = (width - columns) // 2 // factor * factor if left is None else left
         for name, start, size, whole in (("top", top, rows, height), ("left", left, columns, width)):

@@ -416,6 +416,7 @@ class ARPipeline(Editing):
                     f"{name} {pixels} is not a multiple of the downsample factor {factor}; use {near}"
                 )
             sizes.append(pixels // factor)
+        self.tokenizer.check_painted_size(sizes[0] * factor, sizes[1] * factor)
         return sizes[0], sizes[1]
 
     def _check_known(self, known: Known | None, total: int, grid: Grid) -> Known | None:

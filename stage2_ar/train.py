@@ -124,6 +124,7 @@ def _open_splits(config: ARTrainConfig) -> tuple[PictureDataset, PictureDataset]
 def check(config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset) -> None:
     """Whether the data has what the condition needs, and the rest can work here. Raises UserError."""
     values = model_config(config, tokenizer, data.size)
+    tokenizer.check_painted_size(*data.size)  # for previews
     check_options(config, values)
     with torch.device("meta"):
         condition = build_condition(

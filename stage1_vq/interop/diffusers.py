@@ -184,7 +184,9 @@ def export_diffusers(model: VQModel, out: Path, inputs: Sequence[Tensor]) -> Exp
 def refuse_inexpressible(config: VQModelConfig) -> None:
     """Raises ArtifactError for what diffusers.VQModel has no option for, by name."""
     problem = None
-    if config.input != "image":
+    if config.decoder.kind != "cnn":
+        problem = f"decoder.kind is {config.decoder.kind}; it has the published one, cnn"
+    elif config.input != "image":
         problem = f"input is {config.input}; it takes pictures"
     elif config.channel_multipliers[0] != 1:
         problem = (

@@ -59,7 +59,8 @@ def comparison_inputs(
     Raises UserError where there are none, or they do not suit the model.
     """
     factor = model.config.downsample_factor
-    height, width = size or (SCENES_SIZE if pictures is None else (model.config.resolution,) * 2)
+    usual = SCENES_SIZE if pictures is None else (model.config.resolution,) * 2
+    height, width = size or model.decoder.only_size or usual
     height, width = (max(factor, side // factor * factor) for side in (height, width))
     if size is not None and size != (height, width):
         raise UserError(

@@ -58,6 +58,12 @@ class Painter(nn.Module, ABC):
             (found,) = torch.autograd.grad(images, self.last_layer, gradient.to(images.dtype))
         return found
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError where it cannot paint pictures of this size; by default it can."""
+
+    def before_step(self, progress: float) -> None:
+        """Set what follows a schedule: `progress` is the share of the training in [0, 1]."""
+
 
 class Trunk(Painter):
     """Maps (B, in_channels, *start)[, style] -> pictures (B, C, *size), about [-1, 1]."""
@@ -76,9 +82,6 @@ class Trunk(Painter):
                 f"this {type(self).__name__} paints pictures of {self.size[0]}x{self.size[1]} only, not "
                 f"{height}x{width}; train one for that size, or use a convolutional decoder"
             )
-
-    def before_step(self, progress: float) -> None:
-        """Set what follows a schedule: `progress` is the share of the training in [0, 1]."""
 
 
 class Generator(nn.Module):
