@@ -9,11 +9,11 @@ from torch import nn
 
 from taming.errors import ConfigError
 from taming.gan.discriminators.patchgan import PatchGAN, PatchGANConfig
-from taming.gan.discriminators.sagan import SAGANDiscriminatorConfig
-from taming.gan.discriminators.stransgan import STransGANDiscriminatorConfig
+from taming.gan.discriminators.sagan import SAGANDiscriminator, SAGANDiscriminatorConfig
+from taming.gan.discriminators.stransgan import STransGANDiscriminator, STransGANDiscriminatorConfig
 from taming.gan.discriminators.stylegan import StyleGANConfig, StyleGANDiscriminator
-from taming.gan.discriminators.transgan import TransGANDiscriminatorConfig
-from taming.gan.discriminators.vitgan import ViTGANDiscriminatorConfig
+from taming.gan.discriminators.transgan import TransGANDiscriminator, TransGANDiscriminatorConfig
+from taming.gan.discriminators.vitgan import ViTGANDiscriminator, ViTGANDiscriminatorConfig
 
 DiscriminatorConfig = Annotated[
     PatchGANConfig
@@ -56,18 +56,10 @@ def build_discriminator(
         )
     match config:
         case SAGANDiscriminatorConfig():
-            from taming.gan.discriminators.sagan import SAGANDiscriminator
-
             return SAGANDiscriminator(config, in_channels, size, num_classes)
         case TransGANDiscriminatorConfig():
-            from taming.gan.discriminators.transgan import TransGANDiscriminator
-
             return TransGANDiscriminator(config, in_channels, size, num_classes)
         case ViTGANDiscriminatorConfig():
-            from taming.gan.discriminators.vitgan import ViTGANDiscriminator
-
             return ViTGANDiscriminator(config, in_channels, size, num_classes)
         case STransGANDiscriminatorConfig():
-            from taming.gan.discriminators.stransgan import STransGANDiscriminator
-
             return STransGANDiscriminator(config, in_channels, size, num_classes)
