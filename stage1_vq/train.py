@@ -17,7 +17,7 @@ from taming.errors import UserError
 from taming.gan.discriminators import build_discriminator
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.distributed import check_launch
-from taming.training.memory import parameter_storages, saved_bytes, state_bytes
+from taming.training.memory import parameter_storages, saved_bytes, state_bytes, without_values
 from taming.training.run import RunResult, run_training
 from taming.training.sharding import refuse_sharding
 from taming.units import format_bytes
@@ -82,7 +82,7 @@ def check(config: VQTrainConfig) -> None:
 def _check_decoder(config: VQTrainConfig) -> None:
     """Whether the decoder can be built, and paints pictures of the data's size."""
     height, width = config.data.height_width
-    with FakeTensorMode():
+    with torch.device("meta"):
         decoder = build_decoder(config.model)
     if decoder.only_size not in (None, (height, width)):
         side = config.model.resolution
@@ -99,17 +99,19 @@ def describe(config: VQTrainConfig) -> dict[str, str]:
     height, width = config.data.height_width
     factor, training = config.model.downsample_factor, config.training
     with FakeTensorMode():
-        model = VQModel(config.model)
+        model = without_values(lambda: VQModel(config.model))
         networks: list[torch.nn.Module] = [model]
         if config.discriminator is not None:
+            kind = config.discriminator.network
             networks.append(
-                build_discriminator(
-                    config.discriminator.network, config.model.in_channels, size=(height, width)
+                without_values(
+                    lambda: build_discriminator(kind, config.model.in_channels, size=(height, width))
                 )
             )
         micro_batch = max(training.batch_size // training.accumulation, 1)
         for network in networks:
             network.eval()  # k-means and revival look at values
+        model.decoder.train()
         images = torch.zeros(micro_batch, config.model.in_channels, height, width)
         kept = {storage for network in networks for storage in parameter_storages(network)}
         activations = saved_bytes(lambda: [network(images) for network in networks], kept)

@@ -7,10 +7,12 @@ shapes but no storage: nothing is computed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: set[int] | None = None) -> int:
@@ -29,6 +31,24 @@ def saved_bytes(forward: Callable[[], Any], parameters: set[int] | None = None) 
         kept = forward()
     del kept
     return sum(size for _, size in seen.values())
+
+
+def without_values(build: Callable[[], Module]) -> Module:
+    """What `build` makes, with tensors that have no storage; to be called under FakeTensorMode.
+
+    It is built on the device `meta`: some of torch's initialisations look at values.
+    """
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("meta"):
+        module = build()
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                part._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return module
 
 
 def parameter_storages(module: nn.Module) -> set[int]:
