@@ -72,7 +72,11 @@ class MultiHeadAttention(nn.Module):
         assert self.window is not None
         assert mask is None, "windows bring their own mask"
         windows = to_windows(x, grid, self.window, self.shift)
-        attended = self._attend(windows, self._bias(grid), self._window_mask(len(windows), grid, x.device))
+        mask, repeated = self._window_mask(grid, x.device), len(windows) // len(x)
+        if mask is None or self.scores != "dot":  # what is added differs between pictures, or is small
+            mask = None if mask is None else mask.repeat(len(x), 1, 1, 1)
+            repeated = 1
+        attended = self._attend(windows, self._bias(grid), mask, windows=repeated)
         return from_windows(attended, grid, self.window, self.shift)
 
     def probabilities(self, x: Tensor, *, grid: Grid | None = None, mask: Tensor | None = None) -> Tensor:
@@ -80,8 +84,9 @@ class MultiHeadAttention(nn.Module):
         if self._windowed(grid):
             assert grid is not None
             assert self.window is not None
+            mask, pictures = self._window_mask(grid, x.device), len(x)
             x = to_windows(x, grid, self.window, self.shift)
-            mask = self._window_mask(len(x), grid, x.device)
+            mask = None if mask is None else mask.repeat(pictures, 1, 1, 1)
         query, key, _ = self._projections(x)
         scale, added = self._scale_and_bias(key, self._bias(grid), mask)
         products = scale * query @ key.transpose(-2, -1)
@@ -101,13 +106,12 @@ class MultiHeadAttention(nn.Module):
         assert fits, f"windows of {self.window} do not divide a grid of {grid[0]}x{grid[1]}"
         return True
 
-    def _window_mask(self, windows: int, grid: Grid, device: torch.device) -> Tensor | None:
-        """(B windows, 1, n, n) bool."""
+    def _window_mask(self, grid: Grid, device: torch.device) -> Tensor | None:
+        """(windows of one picture, 1, n, n) bool."""
         if not self.shift:
             return None
         assert self.window is not None
-        mask = shift_mask(grid, self.window, self.shift, device)
-        return mask.repeat(windows // len(mask), 1, 1)[:, None]
+        return shift_mask(grid, self.window, self.shift, device)[:, None]
 
     def _bias(self, grid: Grid | None) -> Tensor | None:
         """(H, n, n), or None."""
@@ -116,11 +120,19 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor = self.relative(None if self._windowed(grid) else grid)
         return bias
 
-    def _attend(self, x: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, bias: Tensor | None, mask: Tensor | None, *, windows: int = 1) -> Tensor:
+        """(B, n, D) -> (B, n, D); with `windows`, each of so many in turn has a row of the mask."""
         query, key, value = self._projections(x)
         scale, added = self._scale_and_bias(key, bias, mask)
+        if windows > 1:
+            # As more heads: what is added is then the same for all pictures, and need not be repeated.
+            query, key, value = (
+                rearrange(part, "(b w) h n c -> b (w h) n c", w=windows) for part in (query, key, value)
+            )
+            assert added is not None
+            added = rearrange(added.expand(-1, self.num_heads, -1, -1), "w h i j -> 1 (w h) i j")
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-        projected: Tensor = self.proj(rearrange(out, "b h n c -> b n (h c)"))
+        projected: Tensor = self.proj(rearrange(out, "b (w h) n c -> (b w) n (h c)", w=windows))
         return projected
 
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,6 +96,18 @@ def test_a_map_no_larger_than_a_window_is_not_shifted():
     torch.testing.assert_close(shifted(x, grid=(4, 4)), plain(x))
 
 
+@pytest.mark.parametrize("scores", ["dot", "l2_tied"])
+@pytest.mark.parametrize("relative_grid", [None, (4, 4)])
+def test_windows_of_several_pictures_are_those_of_each(scores: Any, relative_grid: Any):
+    layer = attention(window=4, shift=2, scores=scores, relative_grid=relative_grid)
+    x = torch.randn(3, 96, WIDTH)
+    alone = torch.cat([layer(picture, grid=(8, 12)) for picture in x.split(1)])
+    torch.testing.assert_close(layer(x, grid=(8, 12)), alone)
+    values = layer.value(to_windows(x, (8, 12), 4, 2)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    looked = (layer.probabilities(x, grid=(8, 12)) @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(from_windows(layer.proj(looked), (8, 12), 4, 2), alone, rtol=1e-4, atol=1e-5)
+
+
 def test_windows_and_back():
     x = torch.randn(2, 48, 3)
     assert torch.equal(from_windows(to_windows(x, (8, 6), 2, 1), (8, 6), 2, 1), x)
