@@ -90,5 +90,5 @@ def local_mask(
     if mode == "raster":
         return (cells[:, None] - cells[None, :]).abs() <= width
     places = torch.stack((cells // grid[1], cells % grid[1]), dim=1)
-    steps = (rearrange(places, "i axis -> i 1 axis") - rearrange(places, "j axis -> 1 j axis")).abs()
+    steps = (rearrange(places, "i two -> i 1 two") - rearrange(places, "j two -> 1 j two")).abs()
     return steps.amax(2) <= width
