@@ -133,7 +133,7 @@ class SAGANStem(nn.Module):
         if self.num_classes is not None:
             assert y is not None
             style = F.one_hot(y, self.num_classes).float()
-        return StemOutput(features.contiguous(), style)
+        return StemOutput(features, style)
 
 
 class SAGANTrunk(Trunk):
@@ -162,9 +162,10 @@ class SAGANTrunk(Trunk):
         )
         self.norm_out = ConditionalNorm(widths[-1], norm=config.norm)
         self.conv_out = spectral_conv(widths[-1], channels, 3)
+        self.to(memory_format=torch.channels_last)  # a quarter of the time on a CPU
 
     def forward(self, features: Tensor, style: Tensor | None = None) -> Painted:
-        h = self._attended(0, features)
+        h = self._attended(0, features.contiguous(memory_format=torch.channels_last))
         for number, block in enumerate(self.blocks, start=1):
             h = self._attended(number, block(h, style))
         h = F.relu(self.norm_out(h))
