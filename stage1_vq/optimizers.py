@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from stage1_vq.config import CNNDecoderConfig, VQOptimizerConfig
 from stage1_vq.model import VQModel
+from taming.training.adam import adam
 from taming.training.muon import ConvMuon
 
 ENDS = ("encoder.conv_in.", "decoder.conv_out.", "quant_conv.", "post_quant_conv.", "quantize.")
@@ -30,14 +28,3 @@ def autoencoder_optimizers(model: VQModel, config: VQOptimizerConfig) -> dict[st
     )
     rest = [weight for name, weight in trained.items() if name not in set(hidden)]
     return {"model": adam(rest, config), "model_hidden": muon}
-
-
-def adam(weights: Iterable[nn.Parameter], config: VQOptimizerConfig) -> AdamW:
-    """Adam with decoupled weight decay over those of `weights` that are to be trained."""
-    return AdamW(
-        [weight for weight in weights if weight.requires_grad],
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )

@@ -20,13 +20,14 @@ from stage1_vq.figures import Distance, ReconstructionFigures
 from stage1_vq.fine_tuning import hold_codes, start_from, train_decoder_only
 from stage1_vq.inputs import as_picture, model_input
 from stage1_vq.model import VQModel, VQOutput
-from stage1_vq.optimizers import adam, autoencoder_optimizers
+from stage1_vq.optimizers import autoencoder_optimizers
 from stage1_vq.passes import Passes
 from stage1_vq.quantizers.health import FirstLatents
 from taming.errors import UserError
 from taming.gan.forward_state import ForwardState
 from taming.metrics.codebook import perplexity, usage
 from taming.metrics.lpips import PerceptualDistance
+from taming.training.adam import adam
 from taming.training.ema import Ema
 from taming.training.finite import NonFiniteSteps, StepValues, exchange
 from taming.training.gradients import OwnGradients, clip_gradients, gradient_norm

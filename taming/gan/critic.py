@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from taming.gan.augment import AugmentConfig, View, draw_view
+from taming.gan.augment import View, draw_view
 from taming.gan.critic_config import CriticConfig
 from taming.gan.forward_state import ForwardState, frozen
 from taming.gan.losses import discriminator_loss, generator_loss
@@ -36,8 +36,9 @@ from taming.training.distributed import reduced_if
 from taming.training.gradients import OwnGradients
 from taming.training.schedule import set_learning_rate
 
-CONSISTENCY = 2
-"""Stream of the views whose logits are compared; 0 and 1 are those of the two players."""
+PAINTER, CONSISTENCY = 1, 2
+"""Streams of the views of what a painter learns from, where it was not painted for the critic too (0), and of
+the views whose logits are compared."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Wish(NamedTuple):
 class Critic:
     """A discriminator and all that makes it learn.
 
-    A step calls `begin_step`; for each micro-batch `look`, `judge` and `teach`, in either order; then it steps
-    the optimiser and calls `end_step`, or `undo_step` where it is left out.
+    A step calls `begin_step`; for each micro-batch `look`, `judge` and `teach`, in either order; then it
+    steps the optimiser and calls `end_step`, or `undo_step` where it is left out.
     `loss_scale` multiplies `discriminator_loss`, which is half of a sum: 2 gives the whole.
     """
 
@@ -102,21 +103,26 @@ class Critic:
         assert self._before is not None
         self._before.restore()
 
-    def look(self, images: Tensor, seed: int, step: int, first: int, in_all: int, *, stream: int = 0) -> Look:
+    def look(self, images: Tensor, seed: int, step: int, first: int, in_all: int) -> Look:
         """How a micro-batch is looked at: `images`, from number `first` on of the `in_all` of a step.
 
-        A function of seed, step, stream and each picture's place, for whatever is looked at in its place.
+        A function of seed, step and each picture's place, for whatever is looked at in its place.
         """
-
-        def view(config: AugmentConfig, stream: int) -> View:
-            return draw_view(config, images, seed=seed, step=step, first=first, in_all=in_all, stream=stream)
-
-        consistency, penalty = self.config.consistency, self.config.gradient_penalty
-        shares = None
-        if penalty is not None:
+        consistency, shares, other = self.config.consistency, None, None
+        if self.config.gradient_penalty is not None:
             shares = draw_shares(len(images), seed=seed, step=step, first=first).to(images.device)
-        other = None if consistency is None else view(consistency.augment, CONSISTENCY)
-        return Look(view(self.config.augment, stream), other, shares)
+        if consistency is not None:
+            other = draw_view(
+                consistency.augment,
+                images,
+                seed=seed,
+                step=step,
+                first=first,
+                in_all=in_all,
+                stream=CONSISTENCY,
+            )
+        view = draw_view(self.config.augment, images, seed=seed, step=step, first=first, in_all=in_all)
+        return Look(view, other, shares)
 
     def judge(self, picture: Tensor, view: View, labels: Tensor | None = None) -> Wish:
         """What `picture` (B, C, H, W), a leaf, of the classes (B,) should follow to be taken for real."""

@@ -18,13 +18,23 @@ _STREAMS: dict[Purpose, int] = {"discriminator": 1, "generator": 2, "interpolati
 
 
 def draw_noise(
-    num: int, dim: int, *, seed: int, step: int = 0, first: int = 0, purpose: Purpose = "sample"
+    num: int,
+    dim: int,
+    *,
+    seed: int,
+    step: int = 0,
+    first: int = 0,
+    stride: int = 1,
+    purpose: Purpose = "sample",
 ) -> Tensor:
-    """z of the pictures from number `first` on of a step: (num, dim) fp32 from N(0, 1), on the CPU.
+    """z of every `stride`-th picture from number `first` on of a step: (num, dim) fp32 from N(0, 1), on the
+    CPU.
 
-    Row i is a function of (seed, step, first + i, purpose) alone. `seed` and `step` lie in [0, 2^64).
+    Row i is a function of (seed, step, first + i * stride, purpose) alone. `seed` and `step` lie in
+    [0, 2^64).
     """
-    rows = [_generator(seed, step, first + i, purpose).standard_normal(dim, np.float32) for i in range(num)]
+    places = range(first, first + num * stride, stride)
+    rows = [_generator(seed, step, place, purpose).standard_normal(dim, np.float32) for place in places]
     return torch.from_numpy(np.stack(rows) if rows else np.empty((0, dim), np.float32))
 
 

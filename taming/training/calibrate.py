@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from statistics import quantiles
+from statistics import mean, quantiles
 from typing import Any
 
 import torch
@@ -24,11 +24,18 @@ FEWEST_STEPS = 50
 
 
 def seconds_per_step(
-    task: Task, training: TrainingConfig, data: PictureDataset, *, step: int = 0, steps: int = 12
+    task: Task,
+    training: TrainingConfig,
+    data: PictureDataset,
+    *,
+    step: int = 0,
+    steps: int = 12,
+    cycle: int = 1,
 ) -> float:
     """Time of a real step of `task` from `step` on; the task is used up by it.
 
     The lower quartile of a few: what else the machine does for a moment should not decide a whole run.
+    Where one step does more than another, they repeat after `cycle`, and means over cycles are compared.
 
     On several processes the main one's figure.
     """
@@ -43,13 +50,16 @@ def seconds_per_step(
         world_size=accelerator.num_processes,
     )
     times = []
-    for number in range(steps + 2):
+    # Two to warm up, and whole cycles: at least four.
+    steps = cycle * max(steps // cycle, 4)
+    for number in range(steps + 2 * cycle):
         begin = time.perf_counter()
         micro_batches = [to_device(batch, accelerator.device) for batch in next(batches)]
         logs = task.train_step(micro_batches, step + number)
         _ = [float(value) for value in logs.values()]  # waits for the device
         times.append(time.perf_counter() - begin)
-    return float(from_main_process(torch.tensor(quantiles(times[2:])[0], device=accelerator.device)))
+    means = [mean(times[begin : begin + cycle]) for begin in range(2 * cycle, len(times), cycle)]
+    return float(from_main_process(torch.tensor(quantiles(means)[0], device=accelerator.device)))
 
 
 def steps_within(seconds: float, seconds_per_step: float, steps: int) -> int:

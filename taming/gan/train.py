@@ -1,0 +1,91 @@
+"""A training run of a GAN, from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from taming.data.dataset import PictureDataset
+from taming.data.source import open_splits
+from taming.gan.config import GANTrainConfig
+from taming.gan.task import GANTask, model_config
+from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.distributed import check_launch
+from taming.training.memory import parameter_storages, saved_bytes, state_bytes
+from taming.training.run import RunResult, run_training
+from taming.training.sharding import refuse_sharding
+from taming.units import format_bytes
+
+
+def train(
+    config: GANTrainConfig,
+    run: Path,
+    *,
+    resume: str = "auto",
+    splits: tuple[PictureDataset, PictureDataset] | None = None,
+) -> RunResult:
+    """Train a generator in the folder `run`. Raises UserError before any long work starts.
+
+    `splits` are the opened training and validation data, where the caller has them already.
+    """
+    check()
+    train_data, validation_data = splits or open_splits(config.data)
+    names = train_data.class_names
+    model_config(config, names)
+    config = fit_to_time(config, train_data, steps_of_run(run) if resume != "never" else None)
+    return run_training(
+        lambda: GANTask(config, names),
+        config,
+        config.training,
+        train_data,
+        validation_data,
+        run=run,
+        resume=resume,
+    )
+
+
+def fit_to_time(config: GANTrainConfig, data: PictureDataset, steps: int | None = None) -> GANTrainConfig:
+    """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
+    if config.training.minutes is None or config.training.steps <= FEWEST_STEPS:
+        return config
+    if steps is None:
+        task = GANTask(config, data.class_names)
+        seconds = seconds_per_step(task, config.training, data, cycle=config.discriminator_steps)
+        steps = steps_within(FOR_STEPS * 60 * config.training.minutes, seconds, config.training.steps)
+    return config.shortened(steps)
+
+
+def check() -> None:
+    """Whether the launcher's wishes can be met; the config has been checked as a whole. Raises UserError."""
+    check_launch()
+    refuse_sharding("a GAN")
+
+
+def describe(config: GANTrainConfig) -> dict[str, str]:
+    """What a config amounts to: sizes, parameters, memory. Opens the data where classes are wanted."""
+    check()
+    names: Sequence[str] = open_splits(config.data)[0].class_names if config.class_conditional else ()
+    height, width = config.data.height_width
+    training = config.training
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        task = GANTask(config, names)
+        generator, discriminator = task.generator.eval(), task.critic.network.eval()
+        num = max(config.painted_batch_size // training.accumulation, 1)
+        z = torch.zeros(num, generator.noise_dim)
+        labels = torch.zeros(num, dtype=torch.int64) if names else None
+        kept = parameter_storages(generator) | parameter_storages(discriminator)
+        activations = saved_bytes(lambda: discriminator(generator(z, labels), labels), kept)
+    state = state_bytes(generator, ema=training.ema_decay is not None) + state_bytes(discriminator)
+    counts = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
+    often = f"every {config.discriminator_steps} steps" if config.discriminator_steps > 1 else "every step"
+    return {
+        "parameters": f"{counts[0]:,} generator, {counts[1]:,} discriminator",
+        "picture": f"{height}x{width} from {generator.noise_dim} random numbers",
+        "classes": ", ".join(names) or "none",
+        "batch": f"{training.batch_size} pictures a step in {training.accumulation} micro-batch(es); the "
+        f"generator learns {often}, from {config.painted_batch_size}",
+        "memory in fp32": f"about {format_bytes(state + activations)}: {format_bytes(state)} weights and "
+        f"optimisers, {format_bytes(activations)} activations; about half of the latter in bf16",
+    }
