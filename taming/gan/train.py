@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
@@ -13,7 +16,7 @@ from taming.gan.config import GANTrainConfig
 from taming.gan.task import GANTask, model_config
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
 from taming.training.distributed import check_launch
-from taming.training.memory import parameter_storages, saved_bytes, state_bytes
+from taming.training.memory import saved_bytes, state_bytes
 from taming.training.run import RunResult, run_training
 from taming.training.sharding import refuse_sharding
 from taming.units import format_bytes
@@ -69,14 +72,23 @@ def describe(config: GANTrainConfig) -> dict[str, str]:
     names: Sequence[str] = open_splits(config.data)[0].class_names if config.class_conditional else ()
     height, width = config.data.height_width
     training = config.training
-    with torch.device("meta"):  # shapes without numbers: nothing is computed
+    with torch.device("meta"):
         task = GANTask(config, names)
-        generator, discriminator = task.generator.eval(), task.critic.network.eval()
-        num = max(config.painted_batch_size // training.accumulation, 1)
+    # What a generator sees follows a schedule in training; a discriminator's first batch looks at values.
+    generator, discriminator = task.generator.train(), task.critic.network.eval()
+    num = max(config.painted_batch_size // training.accumulation, 1)
+    with FakeTensorMode():
+        players = [(network, _without_numbers(network)) for network in (generator, discriminator)]
         z = torch.zeros(num, generator.noise_dim)
         labels = torch.zeros(num, dtype=torch.int64) if names else None
-        kept = parameter_storages(generator) | parameter_storages(discriminator)
-        activations = saved_bytes(lambda: discriminator(generator(z, labels), labels), kept)
+
+        def forward() -> Tensor:
+            images = functional_call(*players[0], (z, labels))
+            logits: Tensor = functional_call(*players[1], (images, labels))
+            return logits
+
+        kept = {t.untyped_storage()._cdata for _, tensors in players for t in tensors.values()}
+        activations = saved_bytes(forward, kept)
     state = state_bytes(generator, ema=training.ema_decay is not None) + state_bytes(discriminator)
     counts = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
     often = f"every {config.discriminator_steps} steps" if config.discriminator_steps > 1 else "every step"
@@ -88,4 +100,13 @@ def describe(config: GANTrainConfig) -> dict[str, str]:
         f"generator learns {often}, from {config.painted_batch_size}",
         "memory in fp32": f"about {format_bytes(state + activations)}: {format_bytes(state)} weights and "
         f"optimisers, {format_bytes(activations)} activations; about half of the latter in bf16",
+    }
+
+
+def _without_numbers(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the shapes of all its weights and buffers, for a forward in torch's FakeTensorMode."""
+    state = [*module.named_parameters(), *module.named_buffers()]
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
+        for name, tensor in state
     }
