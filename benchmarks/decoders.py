@@ -41,21 +41,53 @@ from taming.data.config import ScenesDataConfig
 from taming.data.dataset import ScenesDataset, open_dataset
 from taming.data.picture import save_png, to_uint8
 from taming.errors import UserError
-from taming.metrics.feature_distance import FeatureDistance
+from taming.metrics.feature_distance import feature_distance
 
 DECODERS: dict[str, dict[str, Any]] = {
     "cnn": {"kind": "cnn"},
-    "sagan": {"kind": "sagan"},
-    "transgan": {"kind": "transgan"},
-    "vitgan": {"kind": "vitgan"},
-    "stransgan": {"kind": "stransgan"},
+    "sagan": {
+        "kind": "sagan",
+        "channels": 32,
+        "multipliers": [3, 2, 1],
+        "norm": "group",
+        "attention": {"resolutions": [16]},
+    },
+    "transgan": {
+        "kind": "transgan",
+        "widths": [128, 128, 32],
+        "depths": [2, 1, 1],
+        "window": 8,
+        "window_from": 32,
+        "token_noise": False,
+    },
+    "vitgan": {
+        "kind": "vitgan",
+        "width": 128,
+        "num_heads": 4,
+        "depth": 3,
+        "mlp_ratio": 2,
+        "style_dim": 64,
+        "implicit_width": 64,
+    },
+    "stransgan": {"kind": "stransgan", "widths": [128, 128, 64, 32], "depths": [1, 2, 1, 1]},
 }
 DISCRIMINATORS: dict[str, dict[str, Any]] = {
     "patchgan": {"network": {"kind": "patchgan", "channels": 32, "num_layers": 2}},
-    "sagan": {"network": {"kind": "sagan"}},
-    "transgan": {"network": {"kind": "transgan"}},
-    "vitgan": {"network": {"kind": "vitgan"}},
-    "stransgan": {"network": {"kind": "stransgan"}},
+    "sagan": {
+        "network": {
+            "kind": "sagan",
+            "channels": 16,
+            "multipliers": [2, 2, 2],
+            "num_halvings": 2,
+            "head": "map",
+            "attention": {"resolutions": [16]},
+        }
+    },
+    "transgan": {
+        "network": {"kind": "transgan", "patch_widths": [48, 16], "depths": [1, 1], "head": "tokens"}
+    },
+    "vitgan": {"network": {"kind": "vitgan", "width": 64, "num_heads": 4, "depth": 2, "mlp_ratio": 2}},
+    "stransgan": {"network": {"kind": "stransgan", "widths": [32, 64], "depths": [2, 2], "head": "tokens"}},
 }
 HELD_OUT, SHOWN = 256, 4
 BAR = 3.0
@@ -145,12 +177,8 @@ def figures(model: VQModel) -> dict[str, float]:
     dataset = open_dataset(ScenesDataConfig(**{k: v for k, v in DATA.items() if k != "kind"}), "validation")
     found = evaluate_tokenizer(model, dataset).figures
     real = scenes(HELD_OUT)
-    distance = FeatureDistance()
-    for part in real.split(32):
-        distance.add_real(part)
-        distance.add_generated(reconstructions(model, part))
     kept = {name: round(found[name], 4) for name in ("psnr", "ssim", "code_usage")}
-    return kept | {"feature_distance": round(float(distance.value()), 5)}
+    return kept | {"feature_distance": round(feature_distance(real, reconstructions(model, real)), 4)}
 
 
 def scenes(count: int) -> Tensor:

@@ -93,6 +93,8 @@ def weight_facts(config: VQModelConfig) -> dict[str, Any]:
     attended = values.pop("attention_resolutions")
     levels = range(len(config.channel_multipliers))
     facts = {"attention at levels": [level for level in levels if resolution // 2**level in attended]}
+    if config.decoder.kind != "cnn":
+        facts["decoder.resolution"] = config.resolution
     for key, value in values.items():
         if isinstance(value, dict):
             facts |= {f"{key}.{inner}": part for inner, part in value.items()}

@@ -27,7 +27,8 @@ def save_discriminator(folder: Path, config: DiscriminatorConfig, network: nn.Mo
 def load_discriminator(source: str | Path, network: nn.Module, config: DiscriminatorConfig) -> str | None:
     """Load the discriminator saved beside the model `source` into `network`, which is of `config`.
 
-    Returns why it stays as it is: none was saved, or one of another config; None where it was loaded.
+    Returns why it stays as it is: none was saved, or one of another config or for pictures of another size;
+    None where it was loaded.
     Raises ArtifactError where one is there and damaged.
     """
     folder = Path(source)
@@ -43,5 +44,8 @@ def load_discriminator(source: str | Path, network: nn.Module, config: Discrimin
     saved = build_config(_Saved, {"network": values}, source=f"discriminator of {source}").network
     if saved != config:
         return f"the discriminator of {source} is of another config ({saved})"
+    own = network.state_dict()
+    if own.keys() == state.keys() and any(own[key].shape != state[key].shape for key in own):
+        return f"the discriminator of {source} was built for pictures of another size"
     load_state(network, state, source=f"{source}/{FOLDER}")
     return None
