@@ -40,6 +40,7 @@ DISCRIMINATORS: dict[str, dict[str, Any]] = {
         "kind": "transgan", "patch_widths": [8, 4], "depths": [1, 1], "num_heads": 2, "head": "tokens",
     },
     "vitgan": {"kind": "vitgan", "width": 8, "num_heads": 2, "depth": 1, "scores": "l2_kim"},
+    "vitgan-tokens": {"kind": "vitgan", "width": 8, "num_heads": 2, "depth": 1, "head": "tokens"},
     "stransgan": {
         "kind": "stransgan", "stem_halvings": 1, "widths": [8, 8], "depths": [1, 1], "num_heads": 2,
         "window": 4, "head_dim": 8,

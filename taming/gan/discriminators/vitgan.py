@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal, Self
 
 import torch
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class ViTGANDiscriminatorConfig(Config):
     one that is Lipschitz for any input; or by dot products."""
     linear: LinearKind = "improved_spectral"
     """Of every projection. improved_spectral: the spectral norm of the start stays; spectral: it is one."""
+    head: Literal["class_token", "tokens"] = "class_token"
+    """One logit a picture, as published; or one for each patch, as stage one may want."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -59,14 +62,17 @@ class ViTGANDiscriminatorConfig(Config):
         """Why pictures of this size cannot be judged; None where they can."""
         if height % self.patch_size or width % self.patch_size:
             return (
-                f"discriminator vitgan: pictures of {height}x{width} are not divisible by its patch_size "
-                f"{self.patch_size}; choose another patch_size or size"
+                f"vitgan's discriminator cuts pictures into patches of {self.patch_size} pixels, which "
+                f"{height}x{width} is not divisible by; use another patch_size or size"
             )
         return None
 
 
 class ViTGANDiscriminator(nn.Module):
-    """Pictures (B, in_channels, *size)[, classes (B,) int64] -> logits (B, 1), positive for real."""
+    """Pictures (B, in_channels, *size)[, classes (B,) int64] -> logits (B, 1), positive for real.
+
+    With the head of tokens (B, 1, H / P, W / P).
+    """
 
     def __init__(
         self,
@@ -80,8 +86,10 @@ class ViTGANDiscriminator(nn.Module):
         overlap = config.patch_size // 2 if config.overlap is None else config.overlap
         self.embedding = PatchEmbedding(in_channels, width, config.patch_size, overlap=overlap, linear=linear)
         h, w = self.embedding.grid(*size)
-        self.class_token = ClassToken(width)
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + h * w, width), std=0.02))
+        self.grid = (h, w)
+        self.class_token = ClassToken(width) if config.head == "class_token" else None
+        num_tokens = h * w + (self.class_token is not None)
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, width), std=0.02))
         self.blocks = nn.ModuleList(
             TokenBlock(
                 MultiHeadAttention(width, config.num_heads, scores=config.scores, linear=linear),
@@ -95,8 +103,16 @@ class ViTGANDiscriminator(nn.Module):
         self.head = ProjectionHead(width, num_classes, linear)
 
     def forward(self, images: Tensor, y: Tensor | None = None) -> Tensor:
-        x = self.class_token(self.embedding(images)) + self.position
+        x = self.embedding(images)
+        if self.class_token is not None:
+            x = self.class_token(x)
+        x = x + self.position
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x[:, 0]), y)
-        return logits
+        if self.class_token is not None:
+            logits: Tensor = self.head(self.norm(x[:, 0]), y)
+            return logits
+        # Each token is judged by itself, with the picture's class.
+        classes = None if y is None else y.repeat_interleave(x.shape[1])
+        logits = self.head(rearrange(self.norm(x), "b n d -> (b n) d"), classes)
+        return rearrange(logits, "(b h w) 1 -> b 1 h w", h=self.grid[0], w=self.grid[1])

@@ -75,8 +75,8 @@ class ViTGANGeneratorConfig(Config):
         """Why pictures of this size cannot be painted; None where they can."""
         if height % self.patch_size or width % self.patch_size:
             return (
-                f"generator vitgan: pictures of {height}x{width} are not divisible by its patch_size "
-                f"{self.patch_size}; choose another patch_size or size"
+                f"vitgan paints pictures in patches of {self.patch_size} pixels, which {height}x{width} is "
+                "not divisible by; use another patch_size or size"
             )
         return None
 
@@ -198,9 +198,9 @@ def _patch_size(config: ViTGANGeneratorConfig, start: tuple[int, int], size: tup
     rows, columns = size[0] // start[0], size[1] // start[1]
     if (start[0] * rows, start[1] * columns) != size or rows != columns:
         raise ConfigError(
-            f"generator vitgan: a map of {start[0]}x{start[1]} does not divide pictures of "
+            f"vitgan: a map of {start[0]}x{start[1]} does not divide pictures of "
             f"{size[0]}x{size[1]} into square patches; choose sizes with one ratio"
         )
     if (reason := config._unsuited_patch(rows)) is not None:
-        raise ConfigError(f"generator vitgan: a patch of {reason}")
+        raise ConfigError(f"vitgan: a patch of {reason}")
     return rows

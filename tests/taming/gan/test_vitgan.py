@@ -139,7 +139,7 @@ def test_the_mapping_network_starts_with_styles_of_deviation_one():
 @pytest.mark.parametrize(
     ("options", "size", "message"),
     [
-        ({}, (18, 16), "18x16 are not divisible by its patch_size 4"),
+        ({}, (18, 16), "patches of 4 pixels, which 18x16 is not divisible by"),
         ({"width": 9}, (16, 16), "width 9 is not divisible by num_heads 2"),
         ({"patch_size": 6, "head": "convolutional"}, (12, 12), "6 is not a power of two"),
     ],
@@ -184,8 +184,17 @@ def test_logits_of_pictures_with_classes_and_without(scores: Any, linear: Any):
     assert torch.equal(alone(images, y), alone(images))
 
 
+def test_logits_of_patches():
+    network = discriminator(3, head="tokens").eval()
+    images, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+    logits = network(images, y)
+    assert logits.shape == (2, 1, 2, 2)
+    assert not torch.allclose(network(images, 2 - y), logits)
+    assert discriminator(head="tokens").eval()(images).shape == (2, 1, 2, 2)
+
+
 def test_a_picture_that_patches_do_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="20x16 are not divisible by its patch_size 8"):
+    with pytest.raises(ConfigError, match="patches of 8 pixels, which 20x16 is not divisible by"):
         build_discriminator(discriminator_config(), size=(20, 16))
 
 
