@@ -7,7 +7,10 @@ TensorFlow implementation: figures made with others cannot be compared.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,7 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        self.network = _load(weights)
+        self.network = load_inception(weights, [str(FEATURES)])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -41,20 +44,25 @@ class InceptionFeatures(nn.Module):
         return features
 
 
-def _load(weights: str | Path | None) -> nn.Module:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError(
-            "FID needs torch-fidelity, which is not installed: pip install 'taming-toolkit[metrics]'"
-        ) from None
-    state = _state(weights, URL_INCEPTION_V3)
-    # The package unpickles whatever file it is given: it gets one of tensors that were read safely.
+@contextmanager
+def readable_weights(weights: str | Path | None) -> Iterator[Path]:
+    """A file of Inception's weights that torch-fidelity may unpickle: of tensors that were read safely.
+
+    `weights` as in `InceptionFeatures`. The file is gone afterwards. Raises UserError.
+    """
+    state = _state(weights, _package().URL_INCEPTION_V3)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inception.pth"
         torch.save(state, path)
+        yield path
+
+
+def load_inception(weights: str | Path | None, layers: Sequence[str]) -> nn.Module:
+    """torch-fidelity's network in eval mode, which gives the features `layers`. Raises UserError."""
+    package = _package()
+    with readable_weights(weights) as path:
         try:
-            network: nn.Module = FeatureExtractorInceptionV3("inception", [str(FEATURES)], str(path))
+            network: nn.Module = package.FeatureExtractorInceptionV3("inception", list(layers), str(path))
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise UserError(
@@ -62,6 +70,16 @@ def _load(weights: str | Path | None) -> nn.Module:
                 "--inception-weights out to download them"
             ) from None
     return network.eval()
+
+
+def _package() -> Any:
+    try:
+        import torch_fidelity.feature_extractor_inceptionv3 as package
+    except ImportError:
+        raise UserError(
+            "FID needs torch-fidelity, which is not installed: pip install 'taming-toolkit[metrics]'"
+        ) from None
+    return package
 
 
 def _state(weights: str | Path | None, url: str) -> dict[str, Tensor]:
