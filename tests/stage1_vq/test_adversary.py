@@ -116,6 +116,17 @@ def test_all_terms_together_are_their_sum(images: Tensor):
     torch.testing.assert_close(task.adversary.critic.lecam.means, wanted)
 
 
+def test_stage_one_can_have_wasserstein_with_its_penalties(images: Tensor):
+    terms: dict[str, Any] = {"loss": "wasserstein", "gradient_penalty": {}, "drift": 1e-3, "consistency": {}}
+    task = make_task(**terms)
+    logs = task.train_step([{"image": images}], STEP)
+    assert {"gradient_penalty", "drift", "inconsistency_real", "inconsistency_fake"} <= logs.keys()
+    half = 0.5 * (logs["logits_fake"] - logs["logits_real"])
+    torch.testing.assert_close(logs["discriminator"], half)
+    assert 0 < logs["adaptive_weight"] <= 0.8e4
+    assert all(value.isfinite() for value in logs.values())
+
+
 def test_r1_is_lazy_and_micro_batches_share_it(images: Tensor):
     whole, parts = (make_task(r1={"interval": 2}) for _ in range(2))
     for step in range(3):

@@ -9,6 +9,7 @@ from torch import Tensor
 from taming.gan.augment import AugmentConfig, View, draw_view
 
 ALL = ("color", "translation", "cutout")
+EVERY = ("color", "scaling", "translation", "cutout")
 
 
 def pictures(batch: int = 3, height: int = 16, width: int = 24) -> Tensor:
@@ -58,7 +59,7 @@ def test_cutout_is_half_of_each_side():
     assert (edge[0, 0] == 0).nonzero().amax(0).tolist() == [3, 5]
 
 
-@pytest.mark.parametrize("policy", [(name,) for name in ALL] + [ALL])
+@pytest.mark.parametrize("policy", [(name,) for name in EVERY] + [ALL])
 def test_one_view_is_one_augmentation_and_gradients_pass(policy: tuple[str, ...]):
     torch.manual_seed(0)
     images = pictures().double()
@@ -88,3 +89,44 @@ def test_the_same_seed_gives_the_same_view():
     first = draw_view(AugmentConfig(policy=ALL), images)(images)
     torch.manual_seed(5)
     assert torch.equal(draw_view(AugmentConfig(policy=ALL), images)(images), first)
+
+
+def test_a_list_of_names_means_what_it_meant():
+    """Runs that were started before there were settings go on with the same draws, to the last bit."""
+    config = AugmentConfig.model_validate(["cutout", "color"])
+    assert config == AugmentConfig(policy=("cutout", "color"))
+    assert AugmentConfig.model_validate(config.model_dump(mode="json")) == config
+    draws = draw_view(config, pictures(2), seed=3, step=5).draws
+    wanted = [0.6300036907196045, 0.08910059928894043, 0.4337066411972046, 0.33189183473587036]
+    assert draws[0, :4].tolist() == wanted
+    assert draws[1, 6].item() == 0.09952014684677124
+    rest = draw_view(config, pictures(5), seed=3, step=5, first=2, in_all=9).draws
+    assert rest[0, 0].item() == 0.9470740556716919
+
+
+def test_shares_and_streams():
+    images = pictures(1).expand(400, -1, -1, -1)
+    config = AugmentConfig(policy=ALL, probability=0.5, cutout_probability=0.5, translation=0.0)
+    found = draw_view(config, images)(images)
+    cut = (found == 0).all(1).flatten(1).any(1)
+    coloured = ~torch.isclose(found, images).flatten(1).any(1)
+    assert cut.float().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert coloured.float().mean().item() == pytest.approx(0.5, abs=0.08)
+    never = AugmentConfig(policy=EVERY, probability=0)
+    assert torch.equal(draw_view(never, images)(images), images)
+    other = draw_view(config, images, stream=1).draws
+    assert not torch.isclose(other, draw_view(config, images).draws).any()
+
+
+def test_scaling_at_known_draws():
+    ramp = torch.linspace(-1, 1, 9).expand(1, 1, 9, 9)
+    config = AugmentConfig(policy=("scaling",), scaling=2)
+
+    def scaled(draw: float) -> Tensor:
+        return View(config, torch.zeros(1, 7), torch.tensor([[draw, 0, 0, 0, 0]]))(ramp)
+
+    torch.testing.assert_close(scaled(0.5), ramp)
+    torch.testing.assert_close(scaled(1.0), (ramp / 2), rtol=0, atol=1e-6)  # a ramp is half as steep
+    half = scaled(0.0)
+    assert half[0, 0, :2].abs().sum() == 0  # smaller: zeros come in
+    torch.testing.assert_close(half[0, 0, 4, 2:7], ramp[0, 0, 4, ::2])

@@ -33,7 +33,12 @@ def test_the_generator_of_vanilla_is_as_published_and_that_of_non_saturating_is_
     assert generator_loss(FAKE, "non_saturating").item() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non_saturating"])
+def test_wasserstein_is_the_difference_of_means():
+    assert discriminator_loss(REAL, FAKE, "wasserstein").item() == pytest.approx(0.5 * (-0.875 - 1.75))
+    assert generator_loss(FAKE, "wasserstein").item() == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non_saturating", "wasserstein"])
 def test_any_shape_of_logits_is_averaged(kind: str):
     shapes = [(2, 1), (2, 1, 3), (2, 1, 3, 5)]
     values = [discriminator_loss(torch.full(s, 0.3), torch.full(s, 0.2), kind).item() for s in shapes]

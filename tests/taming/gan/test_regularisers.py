@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from taming.gan.discriminators.patchgan import PatchGAN, PatchGANConfig
-from taming.gan.regularisers import LeCam, LeCamConfig, R1Config, gradient_penalty
+from taming.gan.regularisers import (
+    LeCam,
+    LeCamConfig,
+    R1Config,
+    drift,
+    gradient_penalty,
+    interpolate,
+    unit_gradient_penalty,
+)
 
 
 def test_penalty_of_a_linear_judge_is_its_squared_norm():
@@ -78,3 +86,41 @@ def test_lecam_is_the_loop():
     again = LeCam(LeCamConfig(decay=0.9))
     again.load_state_dict(lecam.state_dict())
     assert torch.equal(again(real, fake), lecam(real, fake))
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(1.0, 0.0), (2.0, 10.0)])
+def test_a_linear_judge_of_length_one_is_not_pulled(length: float, wanted: float):
+    pictures = torch.randn(5, 3, 4, 4).requires_grad_()
+    judge = nn.Linear(48, 1)
+    with torch.no_grad():
+        judge.weight.mul_(length / judge.weight.norm())
+    penalty = 10 * unit_gradient_penalty(judge(pictures.flatten(1)), pictures)
+    assert penalty.item() == pytest.approx(wanted, abs=1e-6)
+    penalty.backward()
+    # d 10 (|w| - 1)^2 / dw = 20 (|w| - 1) w / |w|
+    direction = judge.weight.detach() / length
+    torch.testing.assert_close(judge.weight.grad, 20 * (length - 1) * direction, rtol=1e-4, atol=1e-5)
+
+
+def test_a_judge_without_slope_has_finite_second_derivatives():
+    pictures = torch.zeros(2, 3, 4, 4).requires_grad_()
+    judge = nn.Linear(48, 1)
+    nn.init.zeros_(judge.weight)
+    penalty = unit_gradient_penalty(judge(pictures.flatten(1)), pictures)
+    assert penalty.item() == pytest.approx(1, abs=1e-5)
+    penalty.backward()
+    assert judge.weight.grad.isfinite().all()
+
+
+def test_drift_is_the_square_of_the_mean():
+    logits = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    term = drift(logits)
+    assert term.item() == pytest.approx(2.25)
+    term.backward()
+    torch.testing.assert_close(logits.grad, torch.full((2, 1), 1.5))
+
+
+def test_interpolates_lie_between():
+    real, fake = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    found = interpolate(real, fake, torch.tensor([0.25, 1.0]))
+    assert found.mean((1, 2, 3)).tolist() == [0.25, 1.0]
