@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from taming.gan.evaluate_cli import evaluate
+from taming.gan.sample_cli import sample
 from taming.options import ConfigName, DryRun, Override, Resume
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -32,3 +34,7 @@ def configs() -> None:
     from taming.training.launch import print_configs
 
     print_configs("gan", Console())
+
+
+app.command("sample")(sample)
+app.command("eval")(evaluate)
