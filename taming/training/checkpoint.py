@@ -308,6 +308,12 @@ def _load_optimizer(name: str, optimizer: Optimizer, groups: Any, tensors: Mappi
         if owner == name:
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Files hold rows one after another. Fused Adam goes through memory as it lies, without looking at
+    # strides: moments of weights that lie channels last would each meet another weight's number.
+    for weight, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                entries[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -66,6 +66,28 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(accelerator: Accelerat
         assert torch.equal(a, b), name
 
 
+def test_moments_of_weights_that_lie_channels_last_stay_with_them(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def forward(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = fresh()
+    forward(model, optimizer)
+    folder = save(accelerator, tmp_path, 1, model, optimizer)
+    forward(model, optimizer)
+    other, other_optimizer = fresh()
+    load_checkpoint(accelerator, folder, {"model": other}, {"adam": other_optimizer})
+    forward(other, other_optimizer)
+    assert torch.equal(model.weight, other.weight)
+
+
 def test_only_the_newest_are_kept(accelerator: Accelerator, tmp_path: Path) -> None:
     model, optimizer = make()
     for number in range(4):
