@@ -50,8 +50,9 @@ class TransGANGeneratorConfig(Config):
     window_from: int = Field(64, ge=1)
     token_noise: bool = True
     """One random number a token before each attention, of learned strength from 0."""
-    rgb: Literal["last", "every"] = "last"
-    """The layer to pixels: after the last stage, or after every one, summed (the released CIFAR-10 code)."""
+    rgb: Literal["last", "every"] = "every"
+    """Where colours are read off: after the last stage (as first published, and at 256x256), or after every
+    one, enlarged and summed (the released code for CIFAR-10)."""
     locality: LocalityConfig | None = None
     super_resolution: bool = False
     """Whether the generator has the layer for super-resolution co-training."""
