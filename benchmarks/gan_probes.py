@@ -60,7 +60,9 @@ Figures = dict[str, object]
 
 
 def jacobian(out: Path, steps: int) -> Figures:
-    """The largest over 4 random inputs and 4 that grow where the first head's queries do not see it."""
+    """The largest over three kinds of input, four of each, scaled: random ones; random ones whose first token
+    is zero, so that it looks at all alike, which is where dot products are steepest; and ones that grow
+    where the first head's queries do not see it, which is where tied L2 is."""
     names: dict[str, Scores] = {"dot product": "dot", "L2, tied": "l2_tied", "L2, Kim et al.": "l2_kim"}
     scales = [10 ** (exponent / 2) for exponent in range(7)]
     norms: dict[str, list[float]] = {}
@@ -72,10 +74,14 @@ def jacobian(out: Path, steps: int) -> Figures:
                 nn.init.orthogonal_(layer.weight)
         unseen = torch.linalg.svd(weight_of(attention.query)[:8].detach()).Vh[8:]  # (8, 16)
         near, far = torch.randn(2, 4, 1, 8, 16, dtype=torch.float64).unbind()
-        blind = far @ unseen.mT @ unseen
+        blind, level = far @ unseen.mT @ unseen, far.clone()
+        level[:, :, 0] = 0
 
-        def steepest(scale: float, attention=attention, near=near, far=far, blind=blind) -> float:
-            inputs = [scale * x for x in far] + [a + scale * b for a, b in zip(near, blind, strict=True)]
+        def steepest(
+            scale: float, attention=attention, near=near, far=far, blind=blind, level=level
+        ) -> float:
+            inputs = [scale * x for x in (*far, *level)]
+            inputs += [x + scale * unseen for x, unseen in zip(near, blind, strict=True)]
             return max(jacobian_norm(attention, x) for x in inputs)
 
         norms[name] = [steepest(scale) for scale in scales]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from taming.gan.locality import local_mask
 from taming.gan.probes import (
     attention_distance,
     jacobian_norm,
@@ -35,6 +36,24 @@ def test_attention_distance_of_uniform_and_of_one_place():
     row[..., 0] = 1  # all look at the first cell of 2 rows and 3 columns
     wanted = sum(math.hypot(i, j) for i in range(2) for j in range(3)) / 6
     torch.testing.assert_close(attention_distance(row, (2, 3)), torch.tensor([wanted]))
+
+
+def test_attention_looks_as_far_as_masks_and_windows_let_it():
+    torch.manual_seed(0)
+    attention, x, grid = MultiHeadAttention(8, 2), torch.randn(2, 64, 8), (8, 8)
+    distances = [
+        attention_distance(attention.probabilities(x, mask=local_mask(grid, width, mode)), grid)
+        for mode in ("window", "raster")
+        for width in (1, 2, 4)
+    ]
+    everywhere = attention_distance(attention.probabilities(x), grid)
+    for narrow, wide in ((0, 1), (1, 2), (3, 4), (4, 5)):
+        assert (distances[narrow] < distances[wide]).all()
+    assert (distances[2] < everywhere).all()
+    windowed = MultiHeadAttention(8, 2, window=4, shift=2)
+    near = attention_distance(windowed.probabilities(x, grid=grid), (4, 4))
+    assert (near <= 3 * math.sqrt(2)).all()  # a window's diameter
+    assert (near < everywhere).all()
 
 
 def test_attention_distance_to_pooled_keys():
