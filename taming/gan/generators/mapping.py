@@ -21,7 +21,8 @@ class MappingNetwork(nn.Module):
 
     Noise is brought to length sqrt(Z), so is the class's embedding beside it (as in StyleGAN2-ADA, Karras et
     al. 2020, arXiv:2006.06676); `num_layers` equalised layers with LeakyReLU follow, which learn
-    `lr_multiplier` times as fast as the rest.
+    `lr_multiplier` times as fast as the rest. What is no noise, and may be near zero, is not brought to a
+    length (`normalised`), which would blow it up.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class MappingNetwork(nn.Module):
         num_classes: int | None = None,
         *,
         lr_multiplier: float = LR_MULTIPLIER,
+        normalised: bool = True,
     ) -> None:
         super().__init__()
+        self.normalised = normalised
         self.embed = None if num_classes is None else nn.Embedding(num_classes, noise_dim)
         width = noise_dim * (2 if self.embed is not None else 1)
         self.layers = nn.ModuleList(
@@ -43,7 +46,7 @@ class MappingNetwork(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """`y` is needed where there are classes, and else ignored."""
-        h = _to_length(z)
+        h = _to_length(z) if self.normalised else z
         if self.embed is not None:
             assert y is not None, "a conditional mapping network needs classes"
             h = torch.cat((h, _to_length(self.embed(y))), dim=1)

@@ -108,7 +108,11 @@ class ViTGANTrunk(Trunk):
         super().__init__(config.width if from_latents else 0, start, size)
         patch_size = _patch_size(config, start, size)
         width, style_dim, linear = config.width, config.style_dim, config.linear
-        self.own_style = MappingNetwork(width, style_dim, config.mapping_layers) if from_latents else None
+        self.own_style = (
+            MappingNetwork(width, style_dim, config.mapping_layers, normalised=False)
+            if from_latents
+            else None
+        )
         self.position = CoordinateEncoding(width)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
         self.norm = SelfModulatedLayerNorm(width, style_dim, linear=linear)
