@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 
 import stage1_vq.train
 import stage2_ar.train
+import taming.gan.train
 from stage1_vq import VQModel
 from stage1_vq.config import VQModelConfig
 from taming.artifact import content_hash
@@ -42,6 +43,7 @@ from taming.config import build_config
 from taming.errors import UserError
 from taming.training.checkpoint import checkpoint_step, latest_checkpoint, list_checkpoints
 from tests.conftest import TINY_MODEL, ar_config, vq_config
+from tests.taming.gan.gan_config import gan_config
 
 STEPS = 12
 TRAINING: dict[str, Any] = {
@@ -64,6 +66,7 @@ class Scenario:
     """One kind of run."""
 
     stage: int
+    """0: a GAN by itself."""
     processes: int = 1
     workers: int = 0
     accumulation: int = 1
@@ -72,11 +75,14 @@ class Scenario:
     sharded: bool = False
     """FSDP."""
     muon: bool = False
+    system: str = ""
+    """Of a GAN."""
 
     @property
     def name(self) -> str:
         own = "".join(f"-{name}" for name in ("collapses", "sharded", "muon") if getattr(self, name))
-        return f"stage{self.stage}-{self.processes}p-{self.workers}w-{self.accumulation}a{own}"
+        what = f"gan-{self.system}" if self.system else f"stage{self.stage}"
+        return f"{what}-{self.processes}p-{self.workers}w-{self.accumulation}a{own}"
 
 
 SCENARIOS = (
@@ -92,7 +98,27 @@ SCENARIOS = (
     Scenario(2, processes=2, sharded=True),
     Scenario(1, muon=True),
     Scenario(2, muon=True),
+    Scenario(0, system="sagan"),
+    Scenario(0, system="sagan", processes=2, workers=2),
+    Scenario(0, system="transgan", accumulation=2),
+    Scenario(0, system="transgan", processes=2),
 )
+GANS: dict[str, dict[str, Any]] = {
+    # Spectral norm and conditional batch norm; two rates; the generator learns in every other step.
+    "sagan": {"discriminator_steps": 2, "lecam": {}},
+    # An average, views, noise a token from torch's generator, a schedule, and the most terms.
+    "transgan": {
+        "generator": {
+            "kind": "transgan", "widths": [16, 4], "depths": [1, 1], "num_heads": 2, "noise_dim": 4,
+            "locality": {}, "super_resolution": True,
+        },
+        "discriminator": {
+            "kind": "transgan", "patch_widths": [8], "depths": [1], "num_heads": 2,
+        },
+        "loss": "wasserstein", "gradient_penalty": {}, "drift": 1e-3, "super_resolution": {},
+        "augment": ["color", "translation", "cutout"], "generator_batch_size": 8,
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -123,6 +149,11 @@ def train(scenario: Scenario, run: Path, tokenizer: Path) -> None:
     """One process's part of a run."""
     training = {**TRAINING, "workers": scenario.workers, "accumulation": scenario.accumulation}
     data = {"kind": "scenes", "size": 16, "num_train": 13, "num_validation": 6, "flip": True}
+    if scenario.system:
+        data = {"kind": "scenes", "size": 8, "num_train": 13, "num_validation": 6, "flip": True}
+        gan = gan_config(data=data, training=training, **GANS[scenario.system])
+        taming.gan.train.train(gan, run)
+        return
     optimizer = {"learning_rate": 1e-3, "method": "muon" if scenario.muon else "adam"}
     if scenario.stage == 2:
         transformer = {"kind": "llama", "num_layers": 1, "num_heads": 2, "width": 16, "residual_dropout": 0.2}
@@ -351,6 +382,8 @@ class Hunt:
                 if planned.whom != "all":
                     launch.wait_for_words()
             ended = launch.wait(seconds, for_any=True)
+            if ended and any(launch.codes.values()):
+                launch.wait(5)  # who left because of the dead may be seen before the dead
             if not ended and planned is None:
                 launch.kill()
                 self.failures.append(f"{run} hangs")

@@ -34,23 +34,23 @@ def hunt(out: Path, *options: object, seconds: float) -> dict[str, Any]:
     return report
 
 
-def test_killed_runs_of_both_stages_end_as_if_they_had_never_stopped(tmp_path: Path) -> None:
-    names = ("stage1-1p-2w-2a", "stage2-2p-0w-1a")
+def test_killed_runs_of_both_stages_and_of_a_gan_end_as_if_they_had_never_stopped(tmp_path: Path) -> None:
+    names = ("stage1-1p-2w-2a", "stage2-2p-0w-1a", "gan-sagan-1p-0w-1a")
     # With this seed all die in a save of the one, and the process that saves of the other.
-    outcome = run_ranks(hunt_for_some, 1, names, 2, 35, tmp_path / "runs", timeout=120)[0]
+    outcome = run_ranks(hunt_for_some, 1, names, 3, 35, tmp_path / "runs", timeout=120)[0]
     assert outcome.error is None
     assert outcome.result is not None
     assert not outcome.result["failures"]
-    assert [kill["whom"] for kill in outcome.result["kills"]] == ["all", "0"]
+    assert [kill["whom"] for kill in outcome.result["kills"]] == ["all", "0", "all"]
     assert any(kill["in_a_save"] for kill in outcome.result["kills"])
-    assert outcome.result["equal"] == 2
+    assert outcome.result["equal"] == 3
 
 
 @pytest.mark.slow
-def test_thirty_kills_and_every_run_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    report = hunt(tmp_path, "--kills", 48, "--seed", 5, seconds=900)
+def test_many_kills_and_every_run_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    report = hunt(tmp_path, "--kills", 64, "--seed", 5, seconds=1200)
     kills = report["kills"]
-    assert len(kills) == 48
+    assert len(kills) == 64
     assert not report["failures"]
     assert report["equal"] >= len(SCENARIOS)
     # Of every kind some: or the seed must be another.
