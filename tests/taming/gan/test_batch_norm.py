@@ -26,6 +26,7 @@ def figures(x: Tensor, processes: int) -> dict[str, Tensor]:
     logits = network(x)
     (logits.mean() + gradient_penalty(logits, x)).backward()
     result = {"logits": logits.detach(), "pictures": x.grad / processes}
+    result["plain"] = SharedBatchNorm2d(6, affine=False)(x.detach())
     result |= {f"state/{name}": value for name, value in network.state_dict().items()}
     gradients = {f"grad/{name}": p.grad for name, p in network.named_parameters()}
     return result | {name: gather_rows(g[None]).mean(0) for name, g in gradients.items()}
@@ -45,7 +46,7 @@ def test_two_processes_see_one_batch():
     first, second = ({n: torch.from_numpy(v) for n, v in o.result.items()} for o in outcomes)
     alone = figures(pictures(), 1)
     for name, wanted in alone.items():
-        if name in ("logits", "pictures"):
+        if name in ("logits", "pictures", "plain"):
             found = torch.cat((first[name], second[name]))
         else:
             assert torch.equal(first[name], second[name]), name
