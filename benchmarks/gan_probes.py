@@ -1,6 +1,6 @@
 """What the mechanisms of the GAN systems claim, measured: the figures of docs/gans.md.
 
-    python benchmarks/gan_probes.py --out FOLDER [--steps N] [--only NAME ...]
+    python benchmarks/gan_probes.py --out FOLDER [--steps N] [--only NAME ...] [--sagan MODEL]
 
     jacobian    norm of the Jacobian of dot-product, tied L2 and Kim's L2 attention, by the input's scale
     distance    how far attention looks: under local masks by their width, in Swin's windows, and everywhere
@@ -8,6 +8,7 @@
                 at the start and after N steps against a generator
     sigma       singular values of SAGAN's discriminator over N steps: raw weights and normalised ones
     step        how far one step of Adam moves a weight, by its fan-in, plain, Xavier and equalised
+    maps        where four places of pictures painted by a trained SAGAN look (with --sagan, a run or a model)
 
 One PNG each and `probes.json` with their numbers; a couple of minutes on one core of a CPU with 300 steps.
 Layers are small and of fixed seeds; the two trainings are on the built-in scenes at 32 px.
@@ -35,8 +36,10 @@ from taming.gan.generators import build_generator
 from taming.gan.generators.sagan import SAGANGeneratorConfig
 from taming.gan.locality import local_mask
 from taming.gan.losses import discriminator_loss, generator_loss
+from taming.gan.model import GANModel
 from taming.gan.probe_plots import (
     plot_attention_distances,
+    plot_attention_maps,
     plot_curves,
     plot_jacobian_norms,
     plot_norm_ratios,
@@ -46,12 +49,14 @@ from taming.gan.probes import (
     attention_distance,
     jacobian_norm,
     norm_ratios,
+    record_attention,
     relative_steps,
     sigmas,
     weight_sigma,
 )
 from taming.layers.equalised import EqualisedLinear
 from taming.layers.linears import make_linear, weight_of
+from taming.layers.non_local import NonLocalBlock
 from taming.layers.spectral_norm import spectral_norms
 from taming.layers.token_attention import MultiHeadAttention, Scores
 
@@ -194,6 +199,28 @@ def step(out: Path, steps: int) -> Figures:
     return {"fan_in": fans, "relative_steps": found}
 
 
+def maps(out: Path, model: str) -> Figures:
+    """The generator's attention, one picture of each class or five of none."""
+    painter = GANModel.from_pretrained(model)
+    places = [(0.15, 0.5), (0.5, 0.25), (0.5, 0.6), (0.85, 0.8)]
+    pictures: list[Tensor] = []
+    found = record_attention(painter, lambda: pictures.append(painter.sample(5, seed=3, batch_size=5)))
+    name, probabilities = next(iter(found.items()))  # (5, 1, N, M)
+    height, width = painter.config.size
+    cells = probabilities.shape[2]
+    rows = round((cells * height / width) ** 0.5)
+    columns = cells // rows
+    queries = [int(y * rows) * columns + int(x * columns) for y, x in places]
+    block = painter.get_submodule(name)
+    assert isinstance(block, NonLocalBlock)
+    keys = block.key_grid(rows, columns)
+    weights = probabilities[:, 0, queries].unflatten(-1, keys)
+    title = f"Where cells of {rows} x {columns} look (gamma {float(block.gamma.detach()):.2f})"
+    plot_attention_maps(out / "maps.png", pictures[0], weights, places, title=title)
+    distance = attention_distance(probabilities, (rows, columns), keys)
+    return {"mean_distance": float(distance.mean()), "gamma": float(block.gamma.detach())}
+
+
 def compete(
     network: nn.Module,
     loss: str,
@@ -244,7 +271,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--only", nargs="+", choices=list(PROBES), default=list(PROBES))
+    parser.add_argument("--only", nargs="*", choices=list(PROBES), default=list(PROBES))
+    parser.add_argument("--sagan", help="a run of `taming gan train` of kind sagan, or its model")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Figures] = {}
@@ -252,6 +280,8 @@ def main() -> None:
         start = time.perf_counter()
         results[name] = PROBES[name](arguments.out, arguments.steps)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if arguments.sagan is not None:
+        results["maps"] = maps(arguments.out, arguments.sagan)
     (arguments.out / "probes.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
