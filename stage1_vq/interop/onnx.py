@@ -26,8 +26,11 @@ from stage1_vq.interop.exported import (
     write_description,
 )
 from stage1_vq.model import VQModel
+from taming.errors import ArtifactError
 
 OPSET = 18
+CONVOLUTIONAL = ("cnn", "sagan")
+"""Kinds of decoders whose graph holds for any batch and grid."""
 ENCODER, DECODER, DESCRIPTION = "encoder.onnx", "decoder.onnx", "tokenizer.json"
 
 
@@ -38,8 +41,15 @@ def export_onnx(model: VQModel, out: Path, inputs: Sequence[Tensor]) -> ExportRe
     codes (B, h, w) int64 -> images (B, C, H, W) float, not clamped; of segmentation logits
 
     Loads them into ONNX Runtime and compares on `inputs`, (1, C, H, W) each, and on a batch of another size.
-    Raises ArtifactError where they differ; UserError where onnx or onnxruntime is not installed.
+    Raises ArtifactError where they differ, and for decoders that are transformers; UserError where onnx or
+    onnxruntime is not installed.
     """
+    if model.config.decoder.kind not in CONVOLUTIONAL:
+        raise ArtifactError(
+            f"a decoder of kind {model.config.decoder.kind} has no onnx export: its graph would hold for one "
+            f"size of batch or grid; kinds that have one are {' and '.join(CONVOLUTIONAL)}, and --format "
+            "codebook exports the codes of any"
+        )
     runtime = optional("onnxruntime")
     optional("onnxscript")
     labels = model.config.input == "segmentation"

@@ -19,6 +19,7 @@ from stage1_vq.fine_tuning import start_from
 from stage1_vq.interop.codebook import export_codebook
 from stage1_vq.interop.diffusers import export_diffusers
 from stage1_vq.interop.exported import comparison_inputs
+from stage1_vq.interop.onnx import export_onnx
 from stage1_vq.loss import adaptive_weight
 from stage1_vq.optimizers import autoencoder_optimizers
 from stage1_vq.task import VQTask
@@ -293,7 +294,7 @@ def test_sizes_and_tiles_that_it_does_not_paint(kind: str, images: Tensor) -> No
             {"data": {"kind": "scenes", "size": 32}},
             r"of model.resolution 16x16 only, not 32x32; set data.size=16",
         ),
-        ({"discriminator": {"network": NETWORKS["vitgan"] | {"patch_size": 5}}}, "data.size: .*patch_size 5"),
+        ({"discriminator": {"network": NETWORKS["vitgan"] | {"patch_size": 5}}}, "data.size: .*16x16"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_first(changes: dict[str, Any], message: str) -> None:
@@ -322,6 +323,9 @@ def test_exports_say_what_they_cannot_say(kind: str, tmp_path: Path) -> None:
     inputs = comparison_inputs(model, size=(16, 16), limit=2)
     with pytest.raises(ArtifactError, match=f"decoder.kind is {kind}"):
         export_diffusers(model, tmp_path / "diffusers", inputs)
+    if kind != "sagan":
+        with pytest.raises(ArtifactError, match=f"decoder of kind {kind} has no onnx export"):
+            export_onnx(model, tmp_path / "onnx", inputs)
     report = export_codebook(model, tmp_path / "codebook", inputs)
     assert report.equal_codes == 1
 
@@ -413,6 +417,13 @@ def test_any_pairing_trains(kind: str, network: str, factor: int) -> None:
         assert all(torch.isfinite(value) for value in logs.values())
     assert {"adaptive_weight", "discriminator"} <= logs.keys()
     assert task.evaluate([{"image": images}])["psnr"] > before + 0.5
+
+
+@pytest.mark.slow
+def test_sagan_exports_to_onnx(tmp_path: Path) -> None:
+    model = make_model("sagan").eval()
+    report = export_onnx(model, tmp_path / "onnx", comparison_inputs(model, size=(16, 32), limit=3))
+    assert report.equal_codes == 1
 
 
 @pytest.mark.slow
