@@ -74,6 +74,11 @@ class GANTrainConfig(CriticConfig):
         for name, player in (("generator", self.generator), ("discriminator", self.discriminator)):
             if (reason := player.unsuited(*size)) is not None:
                 raise ValueError(f"{name}: {reason}")
+        if self.class_conditional and not getattr(self.data, "class_labels", True):
+            raise ValueError(
+                "class_conditional needs pictures with classes; set data.class_labels: true, or "
+                "class_conditional: false"
+            )
         if self.class_conditional and not self.discriminator.takes_classes:
             raise ValueError(
                 f"class_conditional: a discriminator of kind {self.discriminator.kind} does not judge "

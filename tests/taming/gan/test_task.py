@@ -238,6 +238,7 @@ def test_noise_is_a_function_of_its_place():
     ("changes", "message"),
     [
         ({"super_resolution": {}}, "kind sagan has no layer"),
+        ({"data": {"kind": "folder", "root": "x", "size": 8}}, r"set data\.class_labels: true"),
         ({"discriminator": NO_NORM}, "patchgan does not judge classes"),
         ({"data": {"kind": "scenes", "size": 6}}, "generator: SAGAN doubles"),
         ({"generator_batch_size": 3, "training": {"accumulation": 2}}, "not divisible by training.accumul"),
