@@ -268,6 +268,29 @@ def test_every_kind_judges_and_every_weight_learns(changes: dict[str, Any], num_
     assert torch.equal(other, logits) is (num_classes is None)
 
 
+def test_the_verdict_is_that_of_the_class_token() -> None:
+    network: Any = judge(3)
+    seen: list[torch.Tensor] = []
+    network.norm.register_forward_hook(lambda module, given, tokens: seen.append(tokens))
+    classes = torch.tensor([0, 2])
+    logits = network(torch.randn(2, 3, 8, 8), classes)
+    assert seen[0].shape == (2, 1 + 4, 16)
+    assert torch.equal(network.head(seen[0][:, 0], classes), logits)
+
+
+def test_all_blocks_of_a_scale_but_the_last_have_windows() -> None:
+    network: Any = judge(patch_widths=(16,), depths=(2,), window=2, window_from=4)
+    scale = network.scales[0]
+    tokens = torch.randn(1, 16, 16)
+    moved = tokens.clone()
+    moved[0, 0] = torch.randn(16)
+    first = [scale.blocks[0](each, grid=(4, 4)) for each in (tokens, moved)]
+    changed = (first[0] != first[1]).any(2)[0]
+    assert changed.nonzero().flatten().tolist() == [0, 1, 4, 5]
+    second = [scale.blocks[1](each, grid=(4, 4)) for each in first]
+    assert (second[0] != second[1]).any(2).all()
+
+
 def test_tokens_of_the_coarsest_scale_may_be_judged_each() -> None:
     network = judge(head="tokens")
     assert network(torch.randn(2, 3, 8, 8)).shape == (2, 1, 2, 2)
