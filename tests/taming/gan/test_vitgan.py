@@ -134,6 +134,9 @@ def test_the_mapping_network_starts_with_styles_of_deviation_one():
         style = mapping(5 * torch.randn(64, 64), torch.arange(64) % 4)
         assert float(style.detach().square().mean()) == pytest.approx(1, abs=0.25)
         assert style.std(0).mean() > 0.5
+    # The mean of latents may be near zero, and is left so.
+    mapping = MappingNetwork(8, 6, 2, normalised=False)
+    torch.testing.assert_close(mapping(1e-3 * torch.ones(1, 8)), 1e-3 * mapping(torch.ones(1, 8)))
 
 
 @pytest.mark.parametrize(
