@@ -125,7 +125,7 @@ def ratio(out: Path, steps: int) -> Figures:
     found: dict[str, dict[str, float]] = {}
     for name, skip in (("residual", "identity"), ("projected", "projection")):
         config = STransGANDiscriminatorConfig(
-            stem_halvings=1, widths=(64, 64), depths=(2, 2), window=8, head_dim=64, skip=skip
+            stem_halvings=2, widths=(64, 64), depths=(2, 2), window=4, head_dim=64, skip=skip
         )
         torch.manual_seed(0)
         network = build_discriminator(config, size=SIZE)
@@ -133,7 +133,8 @@ def ratio(out: Path, steps: int) -> Figures:
 
         def measure(network: nn.Module = network, pictures: Tensor = pictures) -> dict[str, float]:
             with torch.no_grad():
-                return norm_ratios(network, lambda: network(pictures))
+                ratios = norm_ratios(network, lambda: network(pictures))
+            return {name.replace("stages.", "").replace(".blocks.", "."): r for name, r in ratios.items()}
 
         found[f"{name}, at the start"] = measure()
         compete(network, "non_saturating", 2e-3, steps)
