@@ -36,7 +36,8 @@ class SpectralNorm(nn.Module):
         self.initial: Tensor | None
         self.register_buffer("_u", F.normalize(matrix.new_empty(len(matrix)).normal_(), dim=0, eps=EPS))
         self.register_buffer("_v", F.normalize(matrix.t() @ self._u, dim=0, eps=EPS))
-        for _ in range(STARTING_ITERATIONS):
+        # Saved models are first built without memory, where there is nothing to find, and slowly.
+        for _ in range(0 if matrix.is_meta else STARTING_ITERATIONS):
             self._iterate(matrix)
         largest = torch.linalg.matrix_norm(matrix, 2) if keep_initial else None
         self.register_buffer("initial", largest)
