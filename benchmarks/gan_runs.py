@@ -28,8 +28,10 @@ from taming.data.config import DataConfig
 from taming.data.dataset import PictureDataset, open_dataset
 from taming.gan.config import GANTrainConfig
 from taming.gan.model import GANModel
-from taming.gan.task import model_config
+from taming.gan.task import GANTask, model_config
 from taming.gan.train import fit_to_time, train
+from taming.training.checkpoint import latest_checkpoint, load_checkpoint
+from taming.training.distributed import make_accelerator
 from taming.training.loop import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,10 +63,13 @@ def train_for(config: GANTrainConfig, folder: Path, minutes: float) -> dict[str,
     begin = time.perf_counter()
     with stopped_after(60 * minutes):
         train(config, folder / "run", resume="never", splits=splits)
+    seconds = time.perf_counter() - begin
+    if steps_made(folder / "run") < steps:
+        save_stopped(config, folder / "run", splits[0].class_names)
     return written(
         folder,
         {
-            "seconds": time.perf_counter() - begin,
+            "seconds": seconds,
             "steps_meant": steps,
             "steps": steps_made(folder / "run"),
             "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -103,6 +108,18 @@ def stopped_after(seconds: float) -> Iterator[None]:
     finally:
         ended.set()
         signal.signal(signal.SIGTERM, before)
+
+
+def save_stopped(config: GANTrainConfig, run: Path, class_names: Sequence[str]) -> None:
+    """Save the model of the newest checkpoint: a run that is stopped while it evaluates has saved none."""
+    task = GANTask(config, class_names)
+    accelerator = make_accelerator(config.training.precision)
+    task.prepare(accelerator, config.training.steps)
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    load_checkpoint(accelerator, checkpoint, task.modules(), task.optimizers())
+    shutil.rmtree(run / "model", ignore_errors=True)
+    task.save_model(run / "model")
 
 
 def course(run: Path) -> list[tuple[int, float]]:

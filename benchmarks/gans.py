@@ -163,12 +163,16 @@ def train_two_stages(folder: Path, minutes: float) -> dict[str, Any]:
     begin = time.perf_counter()
     with stopped_after(60 * STAGE_ONE_SHARE * minutes * 1.15):
         train_tokenizer(config, folder / "stage1", resume="never", splits=splits)
+    if not (folder / "stage1" / "model").is_dir():  # stopped in the last evaluation
+        train_tokenizer(config, folder / "stage1", splits=splits)
     tokenizer = VQModel.from_pretrained(folder / "stage1")
     write_codes(tokenizer, {"train": splits[0], "validation": splits[1]}, folder / "codes", batch_size=64)
-    left = 60 * minutes - (time.perf_counter() - begin)
+    left = max(60 * minutes - (time.perf_counter() - begin), 1.0)
     transformer = transformer_config(folder / "codes", min(STAGE_TWO_SHARE * minutes, left / 60))
     with stopped_after(left):
         train_transformer(transformer, folder / "stage2", resume="never")
+    if not (folder / "stage2" / "model").is_dir():
+        train_transformer(transformer, folder / "stage2")
     seconds = time.perf_counter() - begin
     pipe = ARPipeline.from_pretrained(folder / "stage2")
     counts = [sum(weight.numel() for weight in module.parameters()) for module in (tokenizer, pipe.model)]
