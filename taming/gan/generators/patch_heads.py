@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from taming.layers.coordinates import CoordinateEncoding
 from taming.layers.modulated import ModulatedConv2d, ModulatedLinear
+from taming.layers.token_norm import PixelNorm
 
 
 class PatchHead(nn.Module, ABC):
@@ -80,7 +81,9 @@ class ConvolutionalPatchHead(PatchHead):
 
     At each size two modulated 3x3 convolutions and one to pixels, whose pictures add up; P is a power of two,
     log2(P) doublings. The doubling is bilinear, which is what zeros between the pixels and the published
-    filter [1, 3, 3, 1] come to. The published noise is left out: a picture is a function of its style.
+    filter [1, 3, 3, 1] come to. The published noise is left out: a picture is a function of its style. Tokens
+    enter with mean square one, and the pictures of L sizes add up over the root of L, so that what is painted
+    at the start is about as bright as pictures are, whatever P is.
     """
 
     def __init__(
@@ -96,9 +99,11 @@ class ConvolutionalPatchHead(PatchHead):
         """`width` channels at the picture's size, twice as many a halving, at most `token_dim`."""
         super().__init__()
         self.grid = grid
+        self.norm = PixelNorm()
         doublings = patch_size.bit_length() - 1
         assert patch_size == 2**doublings
         widths = [min(token_dim, width * 2 ** (doublings - index)) for index in range(doublings + 1)]
+        self.share = len(widths) ** -0.5
         self.levels = nn.ModuleList(
             _Level(
                 token_dim if index == 0 else widths[index - 1], wide, style_dim, channels, doubles=index > 0
@@ -119,7 +124,7 @@ class ConvolutionalPatchHead(PatchHead):
     def draw(self, tokens: Tensor, style: Tensor) -> tuple[Tensor, ...]:
         """(B, E, H, W), styles (B, S), and the sum of the coarser pictures (B, C, H, W)."""
         h, w = self.grid
-        x = rearrange(tokens, "b (h w) d -> b d h w", h=h, w=w)
+        x = rearrange(self.norm(tokens), "b (h w) d -> b d h w", h=h, w=w)
         pixels: Tensor | None = None
         for level in self.levels:
             assert isinstance(level, _Level)
@@ -129,13 +134,13 @@ class ConvolutionalPatchHead(PatchHead):
             x = level(x, style)
             if level is self._last:
                 break
-            here = level.to_pixels(x, style)
+            here = level.to_pixels(x, style) * self.share
             pixels = here if pixels is None else pixels + here
         return (x, style) if pixels is None else (x, style, pixels)
 
     def paint(self, *features: Tensor) -> Tensor:
         x, style, *coarser = features
-        pixels: Tensor = self._last.to_pixels(x, style)
+        pixels: Tensor = self._last.to_pixels(x, style) * self.share
         return pixels + coarser[0] if coarser else pixels
 
 

@@ -100,6 +100,17 @@ def test_a_trunk_paints_latents_and_knows_the_gradient_at_its_last_layer(head: A
         trunk.check_size(16, 16)
 
 
+@pytest.mark.parametrize(
+    ("head", "patch_size"), [("implicit", 4), ("convolutional", 4), ("convolutional", 16)]
+)
+def test_pictures_start_about_as_bright_as_pictures_are(head: Any, patch_size: int):
+    torch.manual_seed(0)
+    config = generator_config(head=head, patch_size=patch_size, width=32, style_dim=32, noise_dim=32)
+    with torch.no_grad():
+        deviation = float(build_generator(config, size=(32, 32))(torch.randn(8, 32)).std())
+    assert 0.25 < deviation < 2
+
+
 def test_which_head_paints_large_patches():
     trunk = build_trunk(generator_config(), start=(1, 1), size=(16, 16))
     assert type(trunk.head).__name__ == "ConvolutionalPatchHead"
