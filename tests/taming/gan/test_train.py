@@ -24,10 +24,37 @@ from taming.training.checkpoint import list_checkpoints
 from tests.ranks import run_ranks
 from tests.taming.gan.gan_config import gan_config, gan_values
 
+LOSSES = {
+    "discriminator", "generator", "r1", "gradient_penalty", "drift", "inconsistency_fake", "super_resolution",
+}  # fmt: skip
 TTUR = {
     "generator_optimizer": {"learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 2},
     "discriminator_optimizer": {"learning_rate": 4e-4},
 }
+
+
+SMALL: dict[str, Any] = {"num_heads": 2, "depth": 1, "width": 16, "patch_size": 2}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "transgan": {  # without noise a token, of which each process draws its own
+        "generator": {
+            "kind": "transgan", "widths": [16, 4], "depths": [1, 1], "num_heads": 2, "token_noise": False,
+            "super_resolution": True,
+        },
+        "discriminator": {"kind": "transgan", "patch_widths": [8], "depths": [1], "num_heads": 2},
+        "loss": "wasserstein", "gradient_penalty": {}, "drift": 0.1, "super_resolution": {},
+    },
+    "vitgan": {
+        "generator": {"kind": "vitgan", **SMALL}, "discriminator": {"kind": "vitgan", **SMALL},
+        "consistency": {"augment": {"policy": ["color", "scaling", "cutout"], "probability": 0.8}},
+    },
+    "stransgan": {
+        "generator": {"kind": "stransgan", "widths": [16, 16], "depths": [1, 1], "num_heads": 2},
+        "discriminator": {
+            "kind": "stransgan", "widths": [16], "depths": [2], "stem_halvings": 1, "num_heads": 2,
+        },
+        "loss": "non_saturating", "r1": {"interval": 2}, "augment": ["translation"],
+    },
+}  # fmt: skip
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -86,23 +113,34 @@ def watched_run(rank: int, config: GANTrainConfig, run: Path) -> dict[str, Any]:
     return {"figures": figures, "log": [line for line in lines if line["kind"] == "train"]}
 
 
+def check_two_processes(config: GANTrainConfig, folder: Path) -> None:
+    """They are equal to the last bit, and one process on the whole batch gets the same figures."""
+    ranks = run_ranks(watched_run, 2, config, folder / "two", timeout=120)
+    assert [rank.error for rank in ranks] == [None, None]
+    first, second = (rank.result for rank in ranks)
+    assert first["figures"] == second["figures"]
+    alone = watched_run(0, config, folder / "one")
+    for found, wanted in zip(first["log"], alone["log"], strict=True):
+        for name in wanted.keys() & LOSSES:
+            assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-4), (wanted["step"], name)
+    wanted = alone["figures"]["feature_distance"]
+    assert first["figures"]["feature_distance"] == pytest.approx(wanted, rel=1e-2)
+
+
 def test_two_processes_are_one(tmp_path: Path):
     """Conditional batch norm, spectral norms, views, penalties: with the statistics of all processes."""
     config = gan_config(
         loss="non_saturating", gradient_penalty={}, drift=0.1, consistency={}, augment=["color"],
         generator_batch_size=8, training={"steps": 2, "verify_processes_every": 1, "evaluate_every": 2},
     )  # fmt: skip
-    ranks = run_ranks(watched_run, 2, config, tmp_path / "two", timeout=120)
-    assert [rank.error for rank in ranks] == [None, None]
-    first, second = (rank.result for rank in ranks)
-    assert first["figures"] == second["figures"]
-    alone = watched_run(0, config, tmp_path / "one")
-    for found, wanted in zip(first["log"], alone["log"], strict=True):
-        for name in ("discriminator", "generator", "gradient_penalty", "drift", "inconsistency_fake"):
-            assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-4), (wanted["step"], name)
-    assert first["figures"]["feature_distance"] == pytest.approx(
-        alone["figures"]["feature_distance"], rel=1e-2
-    )
+    check_two_processes(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transgan", "vitgan", "stransgan"])
+def test_two_processes_of_each_transformer_are_one(tmp_path: Path, kind: str):
+    training = {"steps": 4, "batch_size": 8, "verify_processes_every": 1}
+    check_two_processes(gan_config(**TRANSFORMERS[kind], training=training), tmp_path)
 
 
 def test_as_many_steps_as_fit_into_the_time(monkeypatch: pytest.MonkeyPatch):
