@@ -34,10 +34,11 @@ FEW = "data.num_train=400"
 
 @dataclass(frozen=True)
 class Pair:
-    """One mechanism: a config with it, and the changes that take it away."""
+    """One mechanism: a config, and the changes with and without it."""
 
     config: str
     without: tuple[str, ...]
+    having: tuple[str, ...] = ()
     both: tuple[str, ...] = ()
     """Changes of either side."""
 
@@ -52,7 +53,9 @@ PAIRS: dict[str, Pair] = {
         ("generator_optimizer.learning_rate=5e-4", "discriminator_optimizer.learning_rate=5e-4"),
     ),
     "TransGAN: DiffAugment": Pair("transgan_small", ("augment=[]",)),
-    "TransGAN: DiffAugment, 400 pictures": Pair("transgan_small", ("augment=[]",), (FEW,)),
+    "TransGAN: DiffAugment, 400 pictures": Pair(
+        "transgan_small", ("augment=[]",), ("augment=[color,translation,cutout]",), (FEW,)
+    ),
     "ViTGAN: L2 attention (or dot product)": Pair("vitgan_small", ("discriminator.scores=dot",)),
     "ViTGAN: improved spectral norm (or plain)": Pair("vitgan_small", ("discriminator.linear=spectral",)),
     "STransGAN: skip projection": Pair("stransgan_small", ("discriminator.skip=identity",)),
@@ -66,7 +69,7 @@ def run_name(config: str, overrides: Sequence[str], seed: int) -> str:
 
 def sides(pair: Pair) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Overrides with the mechanism, and without."""
-    return pair.both, (*pair.both, *pair.without)
+    return (*pair.both, *pair.having), (*pair.both, *pair.without)
 
 
 def train_one(name: str, out: Path, minutes: float) -> None:
