@@ -56,6 +56,9 @@ PAIRS: dict[str, Pair] = {
     "TransGAN: DiffAugment, 400 pictures": Pair(
         "transgan_small", ("augment=[]",), ("augment=[color,translation,cutout]",), (FEW,)
     ),
+    "TransGAN: translation alone, 400 pictures": Pair(
+        "transgan_small", ("augment=[]",), ("augment=[translation]",), (FEW,)
+    ),
     "ViTGAN: L2 attention (or dot product)": Pair("vitgan_small", ("discriminator.scores=dot",)),
     "ViTGAN: improved spectral norm (or plain)": Pair("vitgan_small", ("discriminator.linear=spectral",)),
     "STransGAN: skip projection": Pair("stransgan_small", ("discriminator.skip=identity",)),
