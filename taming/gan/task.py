@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,20 @@ WHOLE_SUM = 2.0
 PREVIEW_COLUMNS, PREVIEW_ROWS, PREVIEW_CLASSES = 8, 4, 10
 
 
+@runtime_checkable
+class SuperResolver(Protocol):
+    """A generator that can learn from real pictures of low resolution beside noise."""
+
+    @property
+    def super_resolution_size(self) -> tuple[int, int] | None:
+        """(h, w) of those pictures."""
+        ...
+
+    def super_resolve(self, low: Tensor) -> Tensor:
+        """Pictures (B, C, h, w) -> (B, C, H, W)."""
+        ...
+
+
 class GANTask:
     """Trains a GANModel against a discriminator."""
 
@@ -55,7 +69,7 @@ class GANTask:
         self.config = config
         self.size, self.channels = config.data.height_width, config.data.gives["image"]
         self.model = GANModel(model_config(config, class_names))
-        if config.super_resolution is not None and not hasattr(self.generator, "super_resolve"):
+        if config.super_resolution is not None and not isinstance(self.generator, SuperResolver):
             raise ConfigError(
                 f"a generator of kind {config.generator.kind} makes nothing of pictures of low resolution: "
                 "set super_resolution to null"
@@ -219,8 +233,8 @@ class GANTask:
         """Real pictures in as few pixels as the generator's co-training takes."""
         if self.config.super_resolution is None:
             return None
-        size: tuple[int, int] = self.generator.super_resolution_size  # type: ignore[assignment]
-        return F.interpolate(real, size=size, mode="area")
+        assert isinstance(self.generator, SuperResolver)
+        return F.interpolate(real, size=self.generator.super_resolution_size, mode="area")
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -316,7 +330,10 @@ class _Painter(nn.Module):
         self.generator = generator
 
     def forward(self, z: Tensor, labels: Tensor | None, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        restored = None if low is None else self.generator.super_resolve(low)  # type: ignore[operator]
+        restored = None
+        if low is not None:
+            assert isinstance(self.generator, SuperResolver)
+            restored = self.generator.super_resolve(low)
         return self.generator(z, labels), restored
 
 
