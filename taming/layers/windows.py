@@ -14,10 +14,12 @@ def to_windows(x: Tensor, grid: tuple[int, int], window: int, shift: int = 0) ->
     """(B, h w, D) -> (B n, p p, D), the n windows of a picture side by side; h and w are multiples of p.
 
     `shift` moves the grid up and left by so many cells first; what leaves comes in again on the other side.
+    An axis of one window is not moved.
     """
     cells = rearrange(x, "b (h w) d -> b h w d", h=grid[0], w=grid[1])
-    if shift:
-        cells = torch.roll(cells, (-shift, -shift), dims=(1, 2))
+    down, right = _shifts(grid, window, shift)
+    if down or right:
+        cells = torch.roll(cells, (-down, -right), dims=(1, 2))
     return rearrange(cells, "b (i p) (j q) d -> (b i j) (p q) d", p=window, q=window)
 
 
@@ -25,8 +27,9 @@ def from_windows(windows: Tensor, grid: tuple[int, int], window: int, shift: int
     """(B n, p p, D) -> (B, h w, D): back from `to_windows`."""
     rows, columns = grid[0] // window, grid[1] // window
     cells = rearrange(windows, "(b i j) (p q) d -> b (i p) (j q) d", i=rows, j=columns, p=window, q=window)
-    if shift:
-        cells = torch.roll(cells, (shift, shift), dims=(1, 2))
+    down, right = _shifts(grid, window, shift)
+    if down or right:
+        cells = torch.roll(cells, (down, right), dims=(1, 2))
     return rearrange(cells, "b h w d -> b (h w) d")
 
 
@@ -36,10 +39,17 @@ def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.dev
     In the windows at the end of a shifted grid, cells from both ends of the picture meet.
     """
     height, width = grid
-    row = _region(height, window, shift, device)[:, None]
-    column = _region(width, window, shift, device)[None, :]
+    down, right = _shifts(grid, window, shift)
+    row = _region(height, window, down, device)[:, None]
+    column = _region(width, window, right, device)[None, :]
     region = rearrange(3 * row + column, "(i p) (j q) -> (i j) (p q)", p=window, q=window)
     return region[:, :, None] == region[:, None, :]
+
+
+def _shifts(grid: tuple[int, int], window: int, shift: int) -> tuple[int, int]:
+    """(down, right): what each axis is shifted by; a single window would only be cut in two."""
+    height, width = grid
+    return (shift if height > window else 0, shift if width > window else 0)
 
 
 def _region(size: int, window: int, shift: int, device: torch.device | str) -> Tensor:

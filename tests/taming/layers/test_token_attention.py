@@ -67,7 +67,7 @@ def test_it_is_the_loop(scores: Any, linear: Any):
     torch.testing.assert_close(found.sum(-1), torch.ones(1, HEADS, 6))
 
 
-@pytest.mark.parametrize("grid", [(8, 4), (4, 12)])
+@pytest.mark.parametrize("grid", [(8, 4), (4, 12), (8, 8)])
 @pytest.mark.parametrize("shift", [0, 2])
 def test_windows_attend_to_their_cells_of_the_picture(grid: tuple[int, int], shift: int):
     layer = attention(window=4, shift=shift, relative_grid=(16, 16))
@@ -75,8 +75,9 @@ def test_windows_attend_to_their_cells_of_the_picture(grid: tuple[int, int], shi
     cells = list(itertools.product(range(grid[0]), range(grid[1])))
 
     def window(cell: tuple[int, int]) -> tuple[int, int]:
-        # Windows of the moved grid, those at the ends cut where the picture ends.
-        return (cell[0] + 4 - shift) // 4, (cell[1] + 4 - shift) // 4
+        # Windows of the moved grid, those at the ends cut where the picture ends; one window is not moved.
+        down, right = (shift if side > 4 else 0 for side in grid)
+        return (cell[0] + 4 - down) // 4, (cell[1] + 4 - right) // 4
 
     seen = torch.tensor([[window(a) == window(b) for b in cells] for a in cells])
     bias = torch.zeros(HEADS, len(cells), len(cells))
