@@ -89,7 +89,9 @@ def digests(task: VQTask) -> dict[str, str]:
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
 
 
-def check_one_run(config: VQTrainConfig, folder: Path, *, accumulation: int = 1) -> None:
+def check_one_run(
+    config: VQTrainConfig, folder: Path, *, accumulation: int = 1, figures_within: float = 1e-5
+) -> None:
     """The bars of several processes: the same pictures, losses, weights and figures as one process.
 
     The processes cut their share into `accumulation` micro-batches, the one process does not.
@@ -113,7 +115,7 @@ def check_one_run(config: VQTrainConfig, folder: Path, *, accumulation: int = 1)
         for name in ("code_usage", "perplexity"):
             assert found[name] == pytest.approx(wanted[name], rel=1e-6), (step, name)
     for name, value in alone["figures"].items():
-        assert first["figures"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        assert first["figures"][name] == pytest.approx(value, rel=figures_within, abs=1e-6), name
 
 
 def test_two_processes_are_one(tmp_path: Path):
@@ -368,3 +370,30 @@ def test_drift_is_found_and_nobody_waits_for_one_that_failed(tmp_path: Path):
     assert all(outcome.error is not None and outcome.seconds < 30 for outcome in outcomes)
     assert isinstance(outcomes[0].error, UserError)
     assert str(outcomes[1].error) == "a fault of the toolkit"
+
+
+GAN_PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sagan": (
+        {"kind": "sagan", "channels": 8, "multipliers": [2, 1], "attention": {"resolutions": [8]}},
+        {"kind": "sagan", "channels": 8, "multipliers": [1, 2], "attention": {"resolutions": [8]}},
+    ),
+    "vitgan": (
+        {"kind": "vitgan", "width": 16, "num_heads": 2, "depth": 1, "patch_size": 2, "style_dim": 8},
+        {"kind": "vitgan", "width": 16, "num_heads": 2, "depth": 1},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pair", "accumulation"), [("sagan", 1), ("vitgan", 2)])
+def test_two_processes_with_a_gan_systems_decoder_are_one(tmp_path: Path, pair: str, accumulation: int):
+    """Statistics of the batch over both processes, and power iterations that all move alike."""
+    decoder, network = GAN_PAIRS[pair]
+    config = settings("ema", 4)
+    model = {**config.model.model_dump(), "decoder": decoder}
+    values = config.model_dump() | {"model": model}
+    assert config.discriminator is not None
+    values["discriminator"] = config.discriminator.model_dump() | {"network": network}
+    config = build_config(VQTrainConfig, values)
+    # Batch normalisation divides by deviations, which are rounded otherwise where two processes sum them up.
+    check_one_run(config, tmp_path, accumulation=accumulation, figures_within=1e-3)
