@@ -44,9 +44,9 @@ def gan_config(**changes: Any) -> GANTrainConfig:
     return build_config(GANTrainConfig, gan_values(**changes))
 
 
-def gan_task(**changes: Any) -> GANTask:
+def gan_task(*, precision: str = "no", **changes: Any) -> GANTask:
     config = gan_config(**changes)
     torch.manual_seed(0)
     task = GANTask(config, CLASS_NAMES)
-    task.prepare(Accelerator(cpu=True), config.training.steps)
+    task.prepare(Accelerator(cpu=True, mixed_precision=precision), config.training.steps)
     return task

@@ -145,6 +145,25 @@ def test_micro_batches_are_one_batch():
         )
 
 
+def test_each_player_is_clipped_by_itself():
+    task = gan_task(training={"clip_norm": 1e-3})
+    logs = task.train_step([batch()], 0)
+    for name, player in (("generator", task.generator), ("discriminator", task.critic.network)):
+        norm = torch.stack([p.grad.norm() for p in player.parameters()]).norm()
+        assert norm.item() == pytest.approx(1e-3, rel=0.01)
+        assert logs[f"gradient_{name}"] > 0.1
+
+
+def test_half_precision_trains_both_players():
+    task = gan_task(**ALL_TERMS, precision="bf16")
+    before = state(task.model, task.critic.network)
+    logs = task.train_step([batch()], 0)
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in logs.values())
+    assert all(p.grad.isfinite().all() for p in task.generator.parameters())
+    assert not same(before[0], task.model)
+    assert not same(before[1], task.critic.network)
+
+
 def test_a_view_that_changes_nothing_is_consistent():
     settings: dict[str, Any] = {"discriminator": NO_NORM, "class_conditional": False}
     plain = gan_task(**settings)
