@@ -92,7 +92,8 @@ def weight_facts(config: VQModelConfig) -> dict[str, Any]:
     resolution = values.pop("resolution") // values["patch_size"]
     attended = values.pop("attention_resolutions")
     levels = range(len(config.channel_multipliers))
-    facts = {"attention at levels": [level for level in levels if resolution // 2**level in attended]}
+    placed = [level for level in levels if resolution // 2**level in attended]
+    facts: dict[str, Any] = {"attention at levels": placed}
     if config.decoder.kind != "cnn":
         facts["decoder.resolution"] = config.resolution
     for key, value in values.items():
