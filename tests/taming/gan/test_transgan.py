@@ -17,7 +17,8 @@ from taming.gan.discriminators.transgan import TransGANDiscriminatorConfig
 from taming.gan.generator import Generator
 from taming.gan.generators import build_generator, build_trunk
 from taming.gan.generators.transgan import TransGANGenerator, TransGANGeneratorConfig, TransGANTrunk
-from taming.gan.locality import Locality, LocalityConfig, local_mask
+from taming.gan.locality import Locality, LocalityConfig
+from taming.gan.probes import attention_distance, record_attention
 
 SMALL = {"noise_dim": 8, "widths": (32, 8), "depths": (1, 1), "num_heads": 2, "mlp_ratio": 2}
 JUDGE = {"patch_size": 2, "patch_widths": (12, 4), "depths": (1, 1), "num_heads": 2, "mlp_ratio": 2}
@@ -163,20 +164,20 @@ def test_a_saved_model_sees_as_far_as_it_had_learned() -> None:
 
 
 @pytest.mark.parametrize("mode", ["raster", "window"])
-def test_attention_reaches_farther_with_the_width(mode: Any) -> None:
-    stages: Any = painter(relative_bias=False).trunk.stages
-    attention = stages[1].blocks[0].attention
-    tokens = torch.randn(2, 64, 8)
-    place = torch.stack((torch.arange(64) // 8, torch.arange(64) % 8), 1).float()
-    apart = torch.cdist(place, place)
-    reach = [
-        (attention.probabilities(tokens, mask=local_mask((8, 8), width, mode)) * apart).sum(-1).mean().item()
-        for width in (1, 2, 4, 6)
-    ]
-    free = (attention.probabilities(tokens) * apart).sum(-1).mean().item()
+def test_attention_reaches_farther_as_the_training_goes_on(mode: str) -> None:
+    locality = {"mode": mode, "widths": (1, 2, 4, 6), "until": (0.2, 0.4, 0.6, 0.8)}
+    generator = painter(relative_bias=False, locality=locality)
+    z = torch.randn(2, 8)
+    last, other = "trunk.stages.1.blocks.0.attention", "trunk.stages.0.blocks.0.attention"
+    reach, before = [], []
+    for progress in (0.0, 0.2, 0.4, 0.6, 0.8):
+        generator.before_step(progress)
+        seen = record_attention(generator, lambda: generator(z))
+        reach.append(attention_distance(seen[last], (8, 8)).mean().item())
+        before.append(attention_distance(seen[other], (4, 4)).mean().item())
     assert reach == sorted(reach)
-    assert reach[0] < 0.6 * free
-    assert reach[-1] < free
+    assert reach[0] < 0.6 * reach[-1]
+    assert before == [before[0]] * 5  # the stages before see all from the start
 
 
 def test_the_relative_bias_is_that_of_the_offset() -> None:
