@@ -107,7 +107,10 @@ def report(names: list[str], seeds: int, out: Path, said: str) -> None:
             side: {
                 "feature_distance": mean(run["feature_distance"] for run in runs),
                 "of_seeds": [run["feature_distance"] for run in runs],
-                "best": mean(min(value for _, value in run["course"]) for run in runs if run["course"]),
+                "best": mean(
+                    min((value for _, value in run["course"]), default=run["feature_distance"])
+                    for run in runs
+                ),
                 "steps": mean(run["steps"] for run in runs),
                 "seconds": [run["seconds"] for run in runs],
                 "courses": [run["course"] for run in runs],

@@ -21,7 +21,7 @@ from taming.metrics.frechet import FeatureMoments
 from tests.ranks import run_ranks
 
 SIZE, COUNT = 16, 200
-GOLDEN = [-0.45524, 1.54333, 2.62875, -2.17253]
+GOLDEN = [-0.0189, 1.97953, 2.54756, -2.38004]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def test_it_rises_with_what_is_wrong(scenes: tuple[Tensor, Tensor]) -> None:
     faint, strong = (feature_distance(real, other + amount * noise) for amount in (0.2, 0.6))
     assert 1.5 * floor < faint < strong
     assert feature_distance(real, 0.1 * noise) > 30 * floor
+    assert feature_distance(real, other.flip(2)) > 10 * floor
     assert feature_distance(real, real) < 1e-8
 
 
