@@ -43,12 +43,20 @@ class ImplicitPatchHead(PatchHead):
     """
 
     def __init__(
-        self, token_dim: int, channels: int, grid: tuple[int, int], patch_size: int, *, width: int
+        self,
+        token_dim: int,
+        channels: int,
+        grid: tuple[int, int],
+        patch_size: int,
+        *,
+        width: int,
+        demodulate: bool = True,
     ) -> None:
+        """`demodulate`: bring the first layer's modulated weights to length one."""
         super().__init__()
         self.grid, self.patch_size = grid, patch_size
         self.places = CoordinateEncoding(width)
-        self.hidden = ModulatedLinear(width, width, token_dim)
+        self.hidden = ModulatedLinear(width, width, token_dim, demodulate=demodulate)
         self.pixels = ModulatedLinear(width, channels, token_dim, demodulate=False)
 
     @property

@@ -52,6 +52,9 @@ class ViTGANGeneratorConfig(Config):
     which the authors recommend where convergence should be quick. auto: implicit for P < 16."""
     implicit_width: int | None = Field(default=None, ge=1)
     """Of the implicit function; None: that of the transformer."""
+    demodulate: bool = True
+    """Bring the modulated weights of the implicit function's first layer to length one; unpublished. Where
+    they are not, it learns plain patches of any colour sooner."""
     convolution_channels: int = Field(default=64, ge=1)
     """Of the convolutional head at the picture's size; twice as many a halving, up to the width."""
 
@@ -119,7 +122,12 @@ class ViTGANTrunk(Trunk):
         self.head: PatchHead
         if config.head_for(patch_size) == "implicit":
             self.head = ImplicitPatchHead(
-                width, channels, start, patch_size, width=config.implicit_width or width
+                width,
+                channels,
+                start,
+                patch_size,
+                width=config.implicit_width or width,
+                demodulate=config.demodulate,
             )
         else:
             self.head = ConvolutionalPatchHead(

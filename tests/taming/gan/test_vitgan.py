@@ -138,6 +138,18 @@ def test_between_the_pixels_the_implicit_function_is_as_interpolation_has_it():
     assert error < 0.01 * (coarse - coarse.mean()).square().mean()
 
 
+def test_demodulation_of_the_implicit_function_is_an_option():
+    for demodulate in (True, False):
+        trunk = build_trunk(generator_config(demodulate=demodulate), start=(2, 2), size=(8, 8))
+        assert isinstance(trunk.head, ImplicitPatchHead)
+        torch.nn.init.constant_(trunk.head.hidden.scale.bias, 9)  # weights ten times as long
+        tokens = torch.zeros(1, 4, 8)
+        hidden = trunk.head.draw_at(tokens, 4)[0]
+        torch.nn.init.zeros_(trunk.head.hidden.scale.bias)
+        same = torch.allclose(hidden, trunk.head.draw_at(tokens, 4)[0], rtol=1e-3)
+        assert same == demodulate
+
+
 def test_the_mapping_network_starts_with_styles_of_deviation_one():
     torch.manual_seed(0)
     for classes in (None, 4):
