@@ -31,6 +31,9 @@ from taming.layers.upsampling import resize_tokens
 
 SMALLEST = 4
 """Cells a side of the first stage."""
+POSITION_GAIN = 0.1
+"""Positions start at zero and learn at a tenth of the rate. Adam moves each by the whole rate in every step,
+however small its gradient: those of large maps walk at random, into a grain that all pictures share."""
 
 ClassPlace = Literal["branches", "trunk", "after_attention"]
 StyleNorm = Literal["adain", "layer"]
@@ -226,8 +229,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.position = nn.Parameter(torch.empty(1, grid[0] * grid[1], width))
-        nn.init.trunc_normal_(self.position, std=0.02)
+        self.position = nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
         windowed = min(grid) >= config.windowed_from
         self.blocks = nn.ModuleList(
             make_block(
@@ -242,7 +244,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """(B, N, D) of a grid (h, w), style (B, S) or None -> (B, N, D)."""
-        position: Tensor = self.position
+        position = POSITION_GAIN * self.position
         if grid != self.grid:
             position, _ = resize_tokens(position, self.grid, grid)
         x = x + position.to(x.dtype)
