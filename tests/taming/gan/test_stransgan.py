@@ -138,6 +138,17 @@ def test_a_trunk_paints_other_sizes():
         trunk.check_size(32, 44)
 
 
+def test_positions_start_at_nothing_and_learn_at_a_tenth_of_the_rate():
+    stage = build_trunk(generator_config(), start=(4, 4), size=(16, 16)).stages[2]
+    stage.blocks = nn.ModuleList()
+    optimizer = torch.optim.Adam(stage.parameters(), lr=1e-3, betas=(0.0, 0.99))
+    maps = torch.zeros(1, 256, 8)
+    assert not stage(maps, None, (16, 16)).any()
+    (stage(maps, None, (16, 16)) - torch.rand(1, 256, 8)).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(stage(maps, None, (16, 16)), torch.full((1, 256, 8), 1e-4), rtol=1e-3, atol=0)
+
+
 def test_sizes_that_cannot_be():
     with pytest.raises(ConfigError, match="3 stages, up to 16"):
         build_generator(generator_config(), size=(32, 32))
