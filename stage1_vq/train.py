@@ -84,13 +84,15 @@ def _check_decoder(config: VQTrainConfig) -> None:
     height, width = config.data.height_width
     with torch.device("meta"):
         decoder = build_decoder(config.model)
-    if decoder.only_size not in (None, (height, width)):
+    try:
+        decoder.check_size(height, width)
+    except UserError as error:
         side = config.model.resolution
-        way = f"set data.size={side}" + (f", or model.resolution={height}" if height == width else "")
+        way = f"set data.size={side}" + (f" or model.resolution={height}" if height == width else "")
         raise UserError(
-            f"data.size: a decoder of kind {config.model.decoder.kind} paints pictures of model.resolution "
-            f"{side}x{side} only, not {height}x{width}; {way}"
-        )
+            f"data.size {height}x{width} does not suit a decoder of kind {config.model.decoder.kind} for "
+            f"model.resolution {side} ({error}); {way}"
+        ) from None
 
 
 def describe(config: VQTrainConfig) -> dict[str, str]:

@@ -197,7 +197,8 @@ def refuse_inexpressible(config: VQModelConfig) -> None:
         if problem is None and name not in EXPRESSED and getattr(config, name) != option.get_default():
             problem = f"{name} is {getattr(config, name)!r}; it only has {option.get_default()!r}"
     if problem is not None:
-        raise ArtifactError(f"diffusers.VQModel cannot express this model: {problem}; export to onnx instead")
+        way = "export to onnx" if config.decoder.kind in ("cnn", "sagan") else "export the codebook"
+        raise ArtifactError(f"diffusers.VQModel cannot express this model: {problem}; {way} instead")
 
 
 def _their_config(config: VQModelConfig, form: NearestForm) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def comparison_inputs(
             f"--size {size[0]}x{size[1]} does not divide into cells of {factor}x{factor} pixels; "
             f"give {height}x{width}"
         )
+    model.check_painted_size(height, width)
     if pictures is not None:
         inputs = numbered_inputs(pictures, (height, width), model.config)
     else:

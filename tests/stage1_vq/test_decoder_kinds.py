@@ -292,7 +292,7 @@ def test_sizes_and_tiles_that_it_does_not_paint(kind: str, images: Tensor) -> No
     [
         (
             {"data": {"kind": "scenes", "size": 32}},
-            r"of model.resolution 16x16 only, not 32x32; set data.size=16",
+            r"32x32 does not suit a decoder of kind vitgan .*; set data.size=16 or model.resolution=32",
         ),
         ({"discriminator": {"network": NETWORKS["vitgan"] | {"patch_size": 5}}}, "data.size: .*16x16"),
     ],
@@ -326,6 +326,9 @@ def test_exports_say_what_they_cannot_say(kind: str, tmp_path: Path) -> None:
     if kind != "sagan":
         with pytest.raises(ArtifactError, match=f"decoder of kind {kind} has no onnx export"):
             export_onnx(model, tmp_path / "onnx", inputs)
+    if model.decoder.only_size is not None:
+        with pytest.raises(UserError, match="16x16 only, not 32x32"):
+            comparison_inputs(model, size=(32, 32))
     report = export_codebook(model, tmp_path / "codebook", inputs)
     assert report.equal_codes == 1
 
