@@ -31,15 +31,19 @@ def tiny(**changes: Any) -> GANModel:
     return GANModel(build_config(GANModelConfig, values))
 
 
-@pytest.fixture(scope="module")
-def model() -> GANModel:
-    """One whose classes paint differently: at the start all of them are the same."""
-    model = tiny()
+def lively(**changes: Any) -> GANModel:
+    """One whose classes, and noise, paint differently: at the start all pictures are nearly grey."""
+    model = tiny(**changes)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "parametrizations" not in name:
                 weight += 0.3 * torch.randn_like(weight)
-    return model
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> GANModel:
+    return lively()
 
 
 def test_a_picture_depends_on_seed_number_and_class_alone(model: GANModel) -> None:

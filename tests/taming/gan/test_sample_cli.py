@@ -7,25 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from taming.errors import UserError
 from taming.gan.sample_cli import sample as sample_command
-from tests.taming.gan.test_model import tiny
+from tests.taming.gan.test_model import lively
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gan") / "model"
-    model = tiny()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "parametrizations" not in name:
-                weight += 0.3 * torch.randn_like(weight)
-    model.save_pretrained(folder)
+    lively().save_pretrained(folder)
     return folder
 
 

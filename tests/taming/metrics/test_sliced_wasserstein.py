@@ -49,6 +49,10 @@ def test_noise_shows_in_the_finest_band_and_layout_in_the_coarsest() -> None:
     ramp = torch.linspace(-1, 1, 32)[:, None].expand(60, 3, 32, 32)
     tilted = distances(real, 0.2 * other + 0.8 * ramp)
     assert tilted["16"] > 2 * same["16"]
+    # What is the same everywhere in a picture is in none but the coarsest band.
+    offsets = 0.4 * torch.rand(60, 3, 1, 1, generator=generator)
+    brighter = distances(real, other + offsets)
+    assert brighter["16"] - same["16"] > 4 * abs(brighter["32"] - same["32"])
     assert distances(real, other, batch=7) == pytest.approx(same, rel=0.2)
     assert distances(real, other) == same
 
