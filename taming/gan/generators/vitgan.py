@@ -43,7 +43,10 @@ class ViTGANGeneratorConfig(Config):
     patch_size: int = Field(default=4, ge=1)
     """Pixels a side of what a token paints. As a decoder of stage one: pixels a side of a latent, instead."""
     linear: Literal["plain", "equalised"] = "equalised"
-    """Of attention, MLP and layer norms; the mapping network and the heads are always equalised."""
+    """Of attention and MLP. plain: the blocks change little at first, and tokens know where they are."""
+    modulation: Literal["plain", "equalised"] = "equalised"
+    """Of what the style does to the layer norms. plain: little at first. The mapping network and the heads
+    are equalised whatever is chosen here."""
     style_dim: int = Field(default=384, ge=1)
     mapping_layers: int = Field(default=2, ge=1)
     """Unpublished; two as StyleGAN2-ADA has at this size."""
@@ -110,7 +113,7 @@ class ViTGANTrunk(Trunk):
         """Raises ConfigError where a patch is not square, or not one that the head can paint."""
         super().__init__(config.width if from_latents else 0, start, size)
         patch_size = _patch_size(config, start, size)
-        width, style_dim, linear = config.width, config.style_dim, config.linear
+        width, style_dim = config.width, config.style_dim
         self.own_style = (
             MappingNetwork(width, style_dim, config.mapping_layers, normalised=False)
             if from_latents
@@ -118,7 +121,7 @@ class ViTGANTrunk(Trunk):
         )
         self.position = CoordinateEncoding(width)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
-        self.norm = SelfModulatedLayerNorm(width, style_dim, linear=linear)
+        self.norm = SelfModulatedLayerNorm(width, style_dim, linear=config.modulation)
         self.head: PatchHead
         if config.head_for(patch_size) == "implicit":
             self.head = ImplicitPatchHead(
@@ -201,8 +204,8 @@ def _block(config: ViTGANGeneratorConfig) -> TokenBlock:
     return TokenBlock(
         MultiHeadAttention(width, config.num_heads, linear=linear),
         TokenMLP(width, int(config.mlp_ratio * width), linear=linear),
-        SelfModulatedLayerNorm(width, config.style_dim, linear=linear),
-        SelfModulatedLayerNorm(width, config.style_dim, linear=linear),
+        SelfModulatedLayerNorm(width, config.style_dim, linear=config.modulation),
+        SelfModulatedLayerNorm(width, config.style_dim, linear=config.modulation),
     )
 
 
