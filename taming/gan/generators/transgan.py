@@ -28,6 +28,9 @@ from taming.layers.token_norm import PixelNorm, TokenLayerNorm
 from taming.layers.upsampling import resize_tokens, shuffle_tokens
 
 Grid = tuple[int, int]
+CLASS_DEVIATION = 0.25
+"""Of a class's embedding at the start, where the noise has 1: as strong as the noise, it decides pictures by
+itself, and those of a class become one."""
 
 
 class TransGANGeneratorConfig(Config):
@@ -231,8 +234,10 @@ class TransGANStem(nn.Module):
     def __init__(self, noise_dim: int, width: int, grid: Grid, num_classes: int | None) -> None:
         super().__init__()
         self.grid = grid
-        # From N(0, 1), as the noise is.
-        self.embed = None if num_classes is None else nn.Embedding(num_classes, noise_dim)
+        self.embed: nn.Embedding | None = None
+        if num_classes is not None:
+            self.embed = nn.Embedding(num_classes, noise_dim)
+            nn.init.normal_(self.embed.weight, std=CLASS_DEVIATION)
         self.linear = nn.Linear(noise_dim, grid[0] * grid[1] * width)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> StemOutput:
