@@ -168,7 +168,7 @@ def train_two_stages(folder: Path, minutes: float) -> dict[str, Any]:
     tokenizer = VQModel.from_pretrained(folder / "stage1")
     write_codes(tokenizer, {"train": splits[0], "validation": splits[1]}, folder / "codes", batch_size=64)
     left = max(60 * minutes - (time.perf_counter() - begin), 1.0)
-    transformer = transformer_config(folder / "codes", min(STAGE_TWO_SHARE * minutes, left / 60))
+    transformer = transformer_config(folder / "codes", min(STAGE_TWO_SHARE * minutes, 0.95 * left / 60))
     with stopped_after(left):
         train_transformer(transformer, folder / "stage2", resume="never")
     if not (folder / "stage2" / "model").is_dir():
