@@ -66,8 +66,9 @@ DECODERS: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "depth": 3,
         "mlp_ratio": 2,
+        "linear": "plain",
         "style_dim": 64,
-        "implicit_width": 64,
+        "implicit_width": 128,
     },
     "stransgan": {"kind": "stransgan", "widths": [128, 128, 64, 32], "depths": [1, 2, 1, 1]},
 }
