@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from taming.gan.discriminators.stransgan import STransGANDiscriminatorConfig
 from taming.gan.generators import build_generator
 from taming.gan.generators.sagan import SAGANGeneratorConfig
 from taming.gan.locality import local_mask
-from taming.gan.losses import discriminator_loss, generator_loss
+from taming.gan.losses import AdversarialLoss, discriminator_loss, generator_loss
 from taming.gan.model import GANModel
 from taming.gan.probe_plots import (
     plot_attention_distances,
@@ -62,6 +63,10 @@ from taming.layers.token_attention import MultiHeadAttention, Scores
 
 SIZE, PICTURES, BATCH = (32, 32), 1024, 16
 Figures = dict[str, object]
+MASKS: dict[str, Literal["raster", "window"]] = {
+    "places in the raster": "raster",
+    "rows and columns": "window",
+}
 
 
 def jacobian(out: Path, steps: int) -> Figures:
@@ -76,20 +81,17 @@ def jacobian(out: Path, steps: int) -> Figures:
         attention = MultiHeadAttention(16, 2, scores=scores).double().eval()
         for layer in (attention.query, attention.key, attention.value, attention.proj):
             if layer is not None:
-                nn.init.orthogonal_(layer.weight)
-        unseen = torch.linalg.svd(weight_of(attention.query)[:8].detach()).Vh[8:]  # (8, 16)
+                nn.init.orthogonal_(weight_of(layer))
+        null = torch.linalg.svd(weight_of(attention.query)[:8].detach()).Vh[8:]  # (8, 16)
         near, far = torch.randn(2, 4, 1, 8, 16, dtype=torch.float64).unbind()
-        blind, level = far @ unseen.mT @ unseen, far.clone()
+        blind, level = far @ null.mT @ null, far.clone()
         level[:, :, 0] = 0
 
-        def steepest(
-            scale: float, attention=attention, near=near, far=far, blind=blind, level=level
-        ) -> float:
+        norms[name] = []
+        for scale in scales:
             inputs = [scale * x for x in (*far, *level)]
             inputs += [x + scale * unseen for x, unseen in zip(near, blind, strict=True)]
-            return max(jacobian_norm(attention, x) for x in inputs)
-
-        norms[name] = [steepest(scale) for scale in scales]
+            norms[name].append(max(jacobian_norm(attention, x) for x in inputs))
     title = "Attention of 8 tokens, width 16, 2 heads"
     plot_jacobian_norms(out / "jacobian.png", scales, norms, title=title)
     return {"scales": scales, "norms": norms}
@@ -109,7 +111,7 @@ def distance(out: Path, steps: int) -> Figures:
     with torch.no_grad():
         distances = {
             name: [far(attention.probabilities(x, mask=local_mask(grid, width, mode))) for width in widths]
-            for name, mode in (("places in the raster", "raster"), ("rows and columns", "window"))
+            for name, mode in MASKS.items()
         }
         levels = {"no mask": far(attention.probabilities(x))}
         for window in (4, 8):
@@ -181,7 +183,7 @@ def step(out: Path, steps: int) -> Figures:
             "Xavier": nn.Linear(fan, 64, bias=False),
             "equalised": EqualisedLinear(fan, 64, bias=False),
         }
-        nn.init.xavier_uniform_(layers["Xavier"].weight)
+        nn.init.xavier_uniform_(weight_of(layers["Xavier"]))
         for name, layer in layers.items():
             optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3, betas=(0.0, 0.99))
             layer(torch.randn(32, fan)).square().mean().backward()
@@ -224,7 +226,7 @@ def maps(out: Path, model: str) -> Figures:
 
 def compete(
     network: nn.Module,
-    loss: str,
+    loss: AdversarialLoss,
     learning_rate: float,
     steps: int,
     look: Callable[[int], None] | None = None,
