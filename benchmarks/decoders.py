@@ -229,11 +229,13 @@ def _line(result: dict[str, Any]) -> str:
     head = f"| {result['decoder']} | {result['discriminator']} "
     if not result["finite"]:
         return head + "| - | - | - | - | - | - | - | no | no |"
-    away = "-" if result["difference"] is None else f"{result['difference']:+.2f}"
+    away, met = "-", "-"
+    if result["difference"] is not None:
+        away, met = f"{result['difference']:+.2f}", "yes" if result["meets_the_bar"] else "no"
     return head + (
         f"| {result['psnr']:.2f} | {away} | {result['ssim']:.3f} | {result['code_usage']:.0%} "
         f"| {result['feature_distance']:.4f} | {result['decoder_parameters']:,} | {result['steps']} | yes "
-        f"| {'yes' if result['meets_the_bar'] else 'no'} |"
+        f"| {met} |"
     )
 
 
