@@ -93,14 +93,6 @@ class SpectralConv2d(nn.Conv2d):
         spectral_norm(self)
 
 
-class SpectralLinear(nn.Linear):
-    """A dense layer with weight / sigma(weight)."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias)
-        spectral_norm(self)
-
-
 class SpectralEmbedding(nn.Embedding):
     """A table with weight / sigma(weight)."""
 

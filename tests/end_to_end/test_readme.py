@@ -16,6 +16,7 @@ README = Path(__file__).parents[2] / "README.md"
 # What makes a shipped config small; nothing else of the commands is changed.
 SMALLER = {
     "vq": ["model.channels=8", "model.norm_num_groups=4", "model.z_channels=8", "discriminator=null"],
+    "gan": ["generator.channels=8", "discriminator.channels=8"],
     "ar": ["transformer.num_layers=1", "transformer.width=16", "transformer.num_heads=2"],
 }
 SHORT = ["training.steps=2", "training.batch_size=2", "training.evaluation_pictures=2"]

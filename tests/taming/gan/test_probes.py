@@ -19,8 +19,9 @@ from taming.gan.probes import (
     weight_sigma,
 )
 from taming.layers.equalised import EqualisedLinear
+from taming.layers.linears import make_linear
 from taming.layers.non_local import NonLocalBlock
-from taming.layers.spectral_norm import SpectralConv2d, SpectralLinear
+from taming.layers.spectral_norm import SpectralConv2d
 from taming.layers.token_attention import MultiHeadAttention
 from taming.layers.token_block import TokenBlock, TokenMLP
 from taming.layers.token_norm import NoNorm, TokenLayerNorm
@@ -85,7 +86,7 @@ def test_sigma_of_known_weights():
     weight = torch.zeros(3, 2, 1, 2)
     weight.view(3, 4)[0, 0], weight.view(3, 4)[1, 2] = -5, 2
     assert weight_sigma(weight) == pytest.approx(5)
-    model = nn.Sequential(SpectralConv2d(2, 3, 3), nn.Linear(3, 3), SpectralLinear(4, 4))
+    model = nn.Sequential(SpectralConv2d(2, 3, 3), nn.Linear(3, 3), make_linear("spectral", 4, 4))
     for _ in range(50):
         for index in (0, 2):
             _ = model[index].weight

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrizations
 from taming.building import build_with
 from taming.layers.spectral_norm import (
     Directions,
-    SpectralLinear,
     spectral_norm,
     spectral_norms,
     still,
@@ -58,7 +57,7 @@ def test_the_norm_stays_what_it_should_be_while_the_weight_changes(keep_initial:
 
 def test_still_and_turned_back():
     torch.manual_seed(0)
-    network = nn.Sequential(SpectralLinear(6, 7), nn.ReLU(), SpectralLinear(7, 2))
+    network = nn.Sequential(spectral_norm(nn.Linear(6, 7)), nn.ReLU(), spectral_norm(nn.Linear(7, 2)))
     x = torch.randn(3, 6)
     before = Directions(network)
     start = [part._u.clone() for part in spectral_norms(network).values()]
@@ -75,7 +74,7 @@ def test_still_and_turned_back():
 
 def test_an_average_of_weights_keeps_its_norm():
     torch.manual_seed(0)
-    layer = SpectralLinear(8, 8)
+    layer = spectral_norm(nn.Linear(8, 8))
     ema = Ema(layer, 0.9)
     for _ in range(40):
         with torch.no_grad():
@@ -89,7 +88,7 @@ def test_an_average_of_weights_keeps_its_norm():
 
 
 def test_copies_share_nothing():
-    layer = SpectralLinear(3, 3)
+    layer = spectral_norm(nn.Linear(3, 3))
     other = copy.deepcopy(layer)
     layer(torch.zeros(1, 3))
     assert not torch.equal(layer.state_dict()["parametrizations.weight.0._u"], torch.zeros(3))
