@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
+from taming.errors import UserError
 from taming.gan.config import GANTrainConfig
 from taming.gan.task import GANTask, model_config
 from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
@@ -35,6 +36,7 @@ def train(
     """
     check()
     train_data, validation_data = splits or open_splits(config.data)
+    check_validation(config, len(validation_data))
     names = train_data.class_names
     model_config(config, names)
     config = fit_to_time(config, train_data, steps_of_run(run) if resume != "never" else None)
@@ -64,6 +66,17 @@ def check() -> None:
     """Whether the launcher's wishes can be met; the config has been checked as a whole. Raises UserError."""
     check_launch()
     refuse_sharding("a GAN")
+
+
+def check_validation(config: GANTrainConfig, found: int) -> None:
+    """Whether there is something to compare samples with. Raises UserError."""
+    used = min(found, config.training.evaluation_pictures or found)
+    if used < 2:
+        raise UserError(
+            f"samples are measured against the validation pictures, of which {used} would be used: 2 are the "
+            "least, hundreds say something; give more pictures, a larger share (data.validation_fraction) or "
+            "a larger training.evaluation_pictures"
+        )
 
 
 def describe(config: GANTrainConfig) -> dict[str, str]:

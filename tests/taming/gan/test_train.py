@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from taming.data.source import open_splits
-from taming.errors import ConfigError
+from taming.errors import ConfigError, UserError
 from taming.gan import train as training
 from taming.gan.cli import app
 from taming.gan.config import GANTrainConfig
@@ -169,3 +169,15 @@ def test_the_command(tmp_path: Path):
     assert "house, pine" in shown.output
     refused = CliRunner().invoke(app, ["train", str(file), "-o", "loss=best"])
     assert isinstance(refused.exception, ConfigError)
+
+
+@pytest.mark.parametrize("changes", [{"data.num_validation": 1}, {"training.evaluation_pictures": 1}])
+def test_too_little_to_compare_samples_with_is_said_at_the_start(changes: dict[str, Any], tmp_path: Path):
+    values = gan_values()
+    for path, value in changes.items():
+        section, name = path.split(".")
+        values[section] = {**values[section], name: value}
+    config = gan_config(**values)
+    with pytest.raises(UserError, match=r"validation pictures, of which 1 would be used: 2 are the least"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
