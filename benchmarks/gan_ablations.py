@@ -117,7 +117,7 @@ def report(names: list[str], seeds: int, out: Path, said: str) -> None:
             }
             for side, runs in zip(("with", "without"), made, strict=True)
         }
-        pairs = zip(rows[name]["with"]["of_seeds"], rows[name]["without"]["of_seeds"], strict=False)
+        pairs = zip(rows[name]["with"]["of_seeds"], rows[name]["without"]["of_seeds"], strict=True)
         rows[name]["holds"] = [having < without for having, without in pairs]
     text = table(
         {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class PictureClassifier(nn.Module):
         widths = (width, width, 2 * width, 4 * width)
         self.convs = nn.ModuleList(
             nn.Conv2d(below, above, 3, stride=1 if place == 0 else 2, padding=1)
-            for place, (below, above) in enumerate(zip((channels, *widths), widths, strict=False))
+            for place, (below, above) in enumerate(pairwise((channels, *widths)))
         )
         self.norms = nn.ModuleList(nn.GroupNorm(4, above) for above in widths)
         # Where an object stands tells of its class, too: the map's quarters are kept apart.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from taming.config import Config
 from taming.gan.discriminators.stylegan import append_batch_deviation
 from taming.gan.heads import ProjectionHead
+from taming.gan.stages import check_stages
 from taming.layers.equalised import EqualisedConv2d, EqualisedLinear
 from taming.layers.token_attention import MultiHeadAttention
 from taming.layers.token_block import TokenBlock, TokenMLP
@@ -55,15 +56,7 @@ class STransGANDiscriminatorConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.widths) != len(self.depths):
-            raise ValueError(
-                f"{len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage"
-            )
-        for width in self.widths:
-            if width < 1 or width % self.num_heads:
-                raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
-        if any(depth < 1 for depth in self.depths):
-            raise ValueError(f"depths {self.depths}: each stage has at least one block")
+        check_stages(self.widths, self.depths, self.num_heads)
         return self
 
     def unsuited(self, height: int, width: int) -> str | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from taming.config import Config
 from taming.errors import ConfigError, UserError
 from taming.gan.generator import Generator, Painted, StemOutput, Trunk
+from taming.gan.stages import check_stages
 from taming.layers.modulation import SelfModulatedLayerNorm, TokenAdaIN
 from taming.layers.token_attention import MultiHeadAttention
 from taming.layers.token_block import TokenBlock, TokenMLP
@@ -64,19 +65,11 @@ class STransGANGeneratorConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.widths) != len(self.depths):
-            raise ValueError(
-                f"{len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage"
-            )
-        for width in self.widths:
-            if width < 1 or width % self.num_heads:
-                raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
+        check_stages(self.widths, self.depths, self.num_heads)
         if self.windowed_from < self.window:
             raise ValueError(
                 f"maps from {self.windowed_from} on have no windows of {self.window}; raise windowed_from"
             )
-        if any(depth < 1 for depth in self.depths):
-            raise ValueError(f"depths {self.depths}: each stage has at least one block")
         return self
 
     def unsuited(self, height: int, width: int) -> str | None:
