@@ -15,7 +15,7 @@ from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.gan.discriminators import build_discriminator
-from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.calibrate import fitted, seconds_per_step, steps_of_run
 from taming.training.distributed import check_launch
 from taming.training.memory import parameter_storages, saved_bytes, state_bytes, without_values
 from taming.training.run import RunResult, run_training
@@ -44,20 +44,19 @@ def train(
 
 def fit_to_time(config: VQTrainConfig, data: PictureDataset, steps: int | None = None) -> VQTrainConfig:
     """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
-    minutes, discriminator = config.training.minutes, config.discriminator
-    if minutes is None or config.training.steps <= FEWEST_STEPS:
-        return config
-    if steps is None:
+
+    def seconds() -> float:
+        discriminator = config.discriminator
         alone = config.model_copy(update={"discriminator": None})
-        seconds = seconds_per_step(VQTask(alone), config.training, data)
-        if discriminator is not None:
-            at_once = {"start_step": 0, "start_on_plateau": None, "warmup_steps": 0, "ramp_steps": 0}
-            both = config.model_copy(update={"discriminator": discriminator.model_copy(update=at_once)})
-            share = min(discriminator.start_step / config.training.steps, 1.0)
-            with_both = seconds_per_step(VQTask(both), config.training, data)
-            seconds = share * seconds + (1 - share) * with_both
-        steps = steps_within(FOR_STEPS * 60 * minutes, seconds, config.training.steps)
-    return config.shortened(steps)
+        without = seconds_per_step(VQTask(alone), config.training, data)
+        if discriminator is None:
+            return without
+        at_once = {"start_step": 0, "start_on_plateau": None, "warmup_steps": 0, "ramp_steps": 0}
+        both = config.model_copy(update={"discriminator": discriminator.model_copy(update=at_once)})
+        share = min(discriminator.start_step / config.training.steps, 1.0)
+        return share * without + (1 - share) * seconds_per_step(VQTask(both), config.training, data)
+
+    return fitted(config, steps, seconds)
 
 
 def check(config: VQTrainConfig) -> None:

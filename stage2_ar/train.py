@@ -21,7 +21,7 @@ from stage2_ar.task import ARTask, model_config
 from taming.data.dataset import PictureDataset
 from taming.data.source import open_splits
 from taming.errors import UserError
-from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.calibrate import fitted, seconds_per_step, steps_of_run
 from taming.training.compiler import check_compiler
 from taming.training.distributed import check_launch
 from taming.training.run import RunResult, run_training
@@ -75,12 +75,11 @@ def fit_to_time(
     config: ARTrainConfig, tokenizer: VQModel, data: PictureDataset, steps: int | None = None
 ) -> ARTrainConfig:
     """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
-    if config.training.minutes is None or config.training.steps <= FEWEST_STEPS:
-        return config
-    if steps is None:
-        seconds = seconds_per_step(ARTask(config, tokenizer, data.size), config.training, data)
-        steps = steps_within(FOR_STEPS * 60 * config.training.minutes, seconds, config.training.steps)
-    return config.shortened(steps)
+    return fitted(
+        config,
+        steps,
+        lambda: seconds_per_step(ARTask(config, tokenizer, data.size), config.training, data),
+    )
 
 
 def memorisation_probe(

@@ -15,7 +15,7 @@ from taming.data.source import open_splits
 from taming.errors import UserError
 from taming.gan.config import GANTrainConfig
 from taming.gan.task import GANTask, model_config
-from taming.training.calibrate import FEWEST_STEPS, FOR_STEPS, seconds_per_step, steps_of_run, steps_within
+from taming.training.calibrate import fitted, seconds_per_step, steps_of_run
 from taming.training.distributed import check_launch
 from taming.training.memory import saved_bytes, state_bytes
 from taming.training.run import RunResult, run_training
@@ -53,13 +53,12 @@ def train(
 
 def fit_to_time(config: GANTrainConfig, data: PictureDataset, steps: int | None = None) -> GANTrainConfig:
     """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun."""
-    if config.training.minutes is None or config.training.steps <= FEWEST_STEPS:
-        return config
-    if steps is None:
+
+    def seconds() -> float:
         task = GANTask(config, data.class_names)
-        seconds = seconds_per_step(task, config.training, data, cycle=config.discriminator_steps)
-        steps = steps_within(FOR_STEPS * 60 * config.training.minutes, seconds, config.training.steps)
-    return config.shortened(steps)
+        return seconds_per_step(task, config.training, data, cycle=config.discriminator_steps)
+
+    return fitted(config, steps, seconds)
 
 
 def check() -> None:

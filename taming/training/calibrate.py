@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, quantiles
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import yaml
@@ -60,6 +61,31 @@ def seconds_per_step(
         times.append(time.perf_counter() - begin)
     means = [mean(times[begin : begin + cycle]) for begin in range(2 * cycle, len(times), cycle)]
     return float(from_main_process(torch.tensor(quantiles(means)[0], device=accelerator.device)))
+
+
+class Shortened(Protocol):
+    """The config of a run that can be made in fewer steps."""
+
+    @property
+    def training(self) -> TrainingConfig: ...
+
+    def shortened(self, steps: int) -> Self: ...
+
+
+RunConfig = TypeVar("RunConfig", bound=Shortened)
+
+
+def fitted(config: RunConfig, steps: int | None, seconds: Callable[[], float]) -> RunConfig:
+    """`config` with as many steps as fit into training.minutes here, or `steps` where a run has begun.
+
+    `seconds` times a step; it is only called where that decides.
+    """
+    training = config.training
+    if training.minutes is None or training.steps <= FEWEST_STEPS:
+        return config
+    if steps is None:
+        steps = steps_within(FOR_STEPS * 60 * training.minutes, seconds(), training.steps)
+    return config.shortened(steps)
 
 
 def steps_within(seconds: float, seconds_per_step: float, steps: int) -> int:
